@@ -1,0 +1,1 @@
+"""Decisions about members, placement and scale, and the controller that carries them out."""

@@ -1,0 +1,1 @@
+"""The gRPC front door: what clients see."""

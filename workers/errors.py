@@ -1,0 +1,89 @@
+"""The exception tree of both planes.
+
+ExpertmeshError
+├── InvalidRequestError      the caller's mistake, with one entry per field (INVALID_ARGUMENT)
+├── NotFoundError            no such model, member or request (NOT_FOUND)
+├── DuplicateRequestError    the request id is in flight (ALREADY_EXISTS)
+├── OverloadedError          the queue is full; try again later (RESOURCE_EXHAUSTED)
+├── DrainingError            this process takes no new work (UNAVAILABLE)
+├── RefusedError             an operation would break a promise, such as coverage (FAILED_PRECONDITION)
+├── ConfigError              a setting is unknown, mistyped or impossible
+├── CheckpointError          a checkpoint is unsupported, incomplete or damaged
+├── PlacementError           an expert has no usable replica
+└── DispatchError            a message or link failed
+    ├── LinkClosedError      the link is closed or broke
+    └── DeadlineError        a wait ended by its deadline
+
+The gRPC status of each is assigned in `cluster/frontdoor/translate.py`; whatever is not listed with
+one is INTERNAL.
+"""
+
+from dataclasses import dataclass
+
+
+class ExpertmeshError(Exception):
+    """Base of every error that this project raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field of a request that is wrong, and what would be right."""
+
+    field: str
+    description: str
+
+
+class InvalidRequestError(ExpertmeshError, ValueError):
+    """A request breaks one or more rules; nothing was computed for it."""
+
+    def __init__(self, *violations: FieldViolation) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+
+class NotFoundError(ExpertmeshError, ValueError):
+    """The named model, member or request does not exist."""
+
+
+class DuplicateRequestError(ExpertmeshError, ValueError):
+    """A request with this id is in flight already."""
+
+
+class OverloadedError(ExpertmeshError):
+    """The queue is full; `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(ExpertmeshError):
+    """This process finishes what it has and takes no new work."""
+
+
+class RefusedError(ExpertmeshError, ValueError):
+    """The operation would break a promise of the cluster, such as the coverage of its experts."""
+
+
+class ConfigError(ExpertmeshError, ValueError):
+    """A setting is unknown, mistyped or impossible; the message lists all of them with their paths."""
+
+
+class CheckpointError(ExpertmeshError, ValueError):
+    """A checkpoint is unsupported, incomplete or damaged; the message names tensor and file."""
+
+
+class PlacementError(ExpertmeshError):
+    """An expert has no usable replica."""
+
+
+class DispatchError(ExpertmeshError):
+    """A message between a gateway rank and an expert worker failed."""
+
+
+class LinkClosedError(DispatchError):
+    """The link is closed or broke; nothing more will arrive on it."""
+
+
+class DeadlineError(DispatchError):
+    """A wait ended by its deadline."""

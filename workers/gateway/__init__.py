@@ -1,0 +1,1 @@
+"""The gateway: sequences, their memory, the schedule of each step and the step itself."""

@@ -1,0 +1,155 @@
+"""The ranks of one gateway and the collectives between them.
+
+A gateway's tensor-parallel group is one failure domain: collectives exist here and nowhere else.
+Every call is made by all ranks of the group in the same order and ends by completion or by the
+group's deadline; after an error every rank of the group exits and is replaced as a whole.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the ranks of one group find each other: a TCPStore on `host`:`port`, under `prefix`."""
+
+    host: str
+    port: int
+    prefix: str
+
+
+class TensorParallelGroup:
+    """The collectives of one gateway's T ranks; with T = 1 every call is local and free.
+
+    Sums are taken in rank order, so a result does not depend on who arrived first.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, rendezvous: Rendezvous | None = None, *,
+        timeout_s: float = 60.0, device: torch.device | None = None,
+    ) -> None:
+        if size > 1 and rendezvous is None:
+            raise AssertionError("a group of several ranks needs a rendezvous")
+        self.rank = rank
+        self.size = size
+        self._device = device or torch.device("cpu")
+        self._host: dist.ProcessGroup | None = None  # CPU tensors
+        self._group: dist.ProcessGroup | None = None  # the model's tensors
+        if rendezvous is not None and size > 1:
+            store = dist.PrefixStore(
+                rendezvous.prefix,
+                dist.TCPStore(
+                    rendezvous.host, rendezvous.port, is_master=False,
+                    timeout=timedelta(seconds=timeout_s),
+                ),
+            )
+            self._host = make_gloo_group(store, rank, size, rendezvous.host, timeout_s)
+            self._group = (
+                self._host
+                if self._device.type == "cpu"
+                else make_nccl_group(store, rank, size, self._device, timeout_s)
+            )
+
+    def all_gather_rows(self, x_SD: Tensor) -> Tensor:
+        """Return the ranks' rows, one after the other: [S, D] each -> [T * S, D]."""
+        if self._group is None:
+            return x_SD
+        x_SD = x_SD.contiguous()
+        parts = [torch.empty_like(x_SD) for _ in range(self.size)]
+        self._group.allgather([parts], [x_SD]).wait()  # all ranks; ends by the group's deadline
+        return torch.cat(parts)
+
+    def reduce_scatter_rows(self, x_RD: Tensor) -> Tensor:
+        """Sum the ranks' partial rows and return this rank's share: [T * S, D] -> [S, D]."""
+        if self._group is None:
+            return x_RD
+        sent = list(x_RD.contiguous().chunk(self.size))
+        assert len(sent) == self.size and sent[0].shape == sent[-1].shape, x_RD.shape
+        received = torch.empty((self.size, *sent[0].shape), dtype=x_RD.dtype, device=x_RD.device)
+        share = sent[0].shape[0]
+        # All ranks; each sends one chunk to every other. Ends by the group's deadline.
+        self._group.alltoall_base(
+            received.view(self.size * share, -1), x_RD.contiguous().view(self.size * share, -1),
+            [], [],
+        ).wait()
+        total = received[0]
+        for part in received[1:]:
+            total = total + part
+        return total
+
+    def gather_columns(self, x_TV: Tensor) -> Tensor:
+        """Return the ranks' columns side by side: [T, V / size] each -> [T, V]; on every rank."""
+        if self._group is None:
+            return x_TV
+        x_TV = x_TV.contiguous()
+        parts = [torch.empty_like(x_TV) for _ in range(self.size)]
+        self._group.allgather([parts], [x_TV]).wait()  # all ranks; ends by the group's deadline
+        return torch.cat(parts, dim=-1)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors, in rank order."""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._group.allgather([parts], [x]).wait()  # all ranks; ends by the group's deadline
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def broadcast_bytes(self, payload: bytes | None) -> bytes:
+        """Send rank 0's bytes to all ranks; the others pass None and get them.
+
+        Two messages: the length, then the bytes. Raises RuntimeError when a rank is gone or the
+        group's deadline passes.
+        """
+        if self._host is None:
+            assert payload is not None
+            return payload
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        length = torch.zeros(1, dtype=torch.int64)
+        if self.rank == 0:
+            assert payload is not None
+            length[0] = len(payload)
+        self._host.broadcast([length], options).wait()  # all ranks, rank 0 is the source
+        body = (
+            torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            if payload
+            else torch.empty(int(length), dtype=torch.uint8)
+        )
+        self._host.broadcast([body], options).wait()  # all ranks, rank 0 is the source
+        return payload if payload is not None else body.numpy().tobytes()
+
+
+def make_gloo_group(
+    store: dist.Store, rank: int, size: int, host: str, timeout_s: float
+) -> dist.ProcessGroup:
+    """Open a Gloo group over its own store prefix, bound to this node's address.
+
+    The default device binds whatever the host name resolves to, often loopback, so the device is
+    named; one thread serves all pairs of the group. Raises RuntimeError when a peer does not come
+    within `timeout_s`.
+    """
+    options = dist.ProcessGroupGloo._Options()  # noqa: SLF001 - private; has a contract test
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
+    options._threads = 1  # noqa: SLF001
+    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def make_nccl_group(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float
+) -> dist.ProcessGroup:
+    """Open an NCCL group on one device, connected at once; needs GPUs, not run on CPU machines."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
+    group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+    group.eager_connect_single_device(device)
+    return group

@@ -1,0 +1,147 @@
+"""Members, Placement and View: which processes exist and which expert replica lives where.
+
+All of it is immutable data. One Controller writes Views; everybody else caches the newest one.
+Views are ordered by (term, version).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+
+class Role(Enum):
+    """What a member does."""
+
+    CONTROLLER = "controller"
+    FRONT_DOOR = "frontdoor"
+    GATEWAY = "gateway"
+    EXPERT_WORKER = "expert_worker"
+
+
+class MemberState(Enum):
+    """Where a member stands between joining and having gone."""
+
+    JOINING = "joining"
+    WARM = "warm"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class MemberId:
+    """Identity of one life of one member: never reused, a restarted process is a new incarnation."""
+
+    name: str
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.name}.{self.incarnation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A member as everybody sees it.
+
+    `endpoint` is where its gRPC server listens (front doors, gateways). `stores` holds, for a
+    gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened.
+    """
+
+    id: MemberId
+    role: Role
+    state: MemberState
+    node: str = ""
+    pid: int = 0
+    endpoint: str = ""
+    stores: tuple[str, ...] = ()
+    num_slots: int = 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether calls may be sent to it: a draining member still serves what nobody else holds."""
+        return self.state in {MemberState.ACTIVE, MemberState.DRAINING}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ExpertId:
+    """A logical expert of one layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Replica:
+    """A physical copy of an expert: the slot of a worker that holds its weights."""
+
+    worker: MemberId
+    slot: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which replicas each expert has; `weights_version` names the checkpoint that they hold."""
+
+    weights_version: str
+    num_layers: int
+    num_experts: int
+    replicas: dict[ExpertId, tuple[Replica, ...]] = field(default_factory=dict)
+
+    def of(self, layer: int, expert: int) -> tuple[Replica, ...]:
+        """Return the replicas of one expert, in a fixed order; empty when it has none."""
+        return self.replicas.get(ExpertId(layer, expert), ())
+
+    def held_by(self, worker: MemberId) -> dict[ExpertId, int]:
+        """Return the slot of each expert that one worker holds."""
+        return self._by_worker.get(worker, {})
+
+    def uncovered(self, serving: Iterable[MemberId]) -> list[ExpertId]:
+        """Return the experts without a replica on any of the serving workers."""
+        alive = frozenset(serving)
+        return [
+            expert
+            for layer in range(self.num_layers)
+            for expert in (ExpertId(layer, e) for e in range(self.num_experts))
+            if not any(r.worker in alive for r in self.replicas.get(expert, ()))
+        ]
+
+    @cached_property
+    def _by_worker(self) -> dict[MemberId, dict[ExpertId, int]]:
+        by_worker: dict[MemberId, dict[ExpertId, int]] = {}
+        for expert, replicas in self.replicas.items():
+            for replica in replicas:
+                by_worker.setdefault(replica.worker, {})[expert] = replica.slot
+        return by_worker
+
+
+@dataclass(frozen=True)
+class View:
+    """The cluster at one (term, version): its members and where experts live."""
+
+    term: int
+    version: int
+    members: tuple[Member, ...]
+    placement: Placement
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What orders Views: a member adopts only a higher one."""
+        return (self.term, self.version)
+
+    def with_role(self, role: Role) -> tuple[Member, ...]:
+        """Return the members of one role that have not gone, in order of identity."""
+        return tuple(
+            sorted(
+                (m for m in self.members if m.role is role and m.state is not MemberState.GONE),
+                key=lambda m: m.id,
+            )
+        )
+
+    def serving_workers(self) -> tuple[Member, ...]:
+        """Return the expert workers to which calls may be sent."""
+        return tuple(m for m in self.with_role(Role.EXPERT_WORKER) if m.serves)
+
+    def uncovered(self) -> list[ExpertId]:
+        """Return the experts that no serving worker holds: their rows would be parked."""
+        return self.placement.uncovered(m.id for m in self.serving_workers())
