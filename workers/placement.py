@@ -46,6 +46,7 @@ class Member:
 
     `endpoint` is where its gRPC server listens (front doors, gateways). `stores` holds, for a
     gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened.
+    `metrics` is the HOST:PORT of its Prometheus page.
     """
 
     id: MemberId
@@ -54,6 +55,7 @@ class Member:
     node: str = ""
     pid: int = 0
     endpoint: str = ""
+    metrics: str = ""
     stores: tuple[str, ...] = ()
     num_slots: int = 0
 

@@ -1,0 +1,216 @@
+"""The configuration: one frozen tree, from a YAML file and `--set a.b=c`.
+
+Its keys equal the chart's `config:` keys. This file is the only reader of the environment.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from workers.errors import ConfigError
+
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfigSection(_Section):
+    """Which model is served."""
+
+    path: str = "demo"
+    """A directory with a published checkpoint, or `demo` for the one that is shipped."""
+    name: str = ""
+    """The name that clients use; the directory's name when empty."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What is computed in: auto is float32 on CPU and bfloat16 on GPU."""
+
+
+class ProcessSection(_Section):
+    """What one process of a role asks of its node."""
+
+    num_cpus: Annotated[float, Field(ge=0)] = 0.0
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    resources: dict[str, float] = {}
+    threads: PositiveCount = 1
+
+
+class GatewaySection(ProcessSection):
+    """Gateways: attention, state and the schedule of steps."""
+
+    count: PositiveCount = 1
+    tensor_parallel: PositiveCount = 1
+    max_sequences: PositiveCount = 32
+    max_waiting: Count = 1024
+    step_tokens: PositiveCount = 512
+    """Token rows that one step may compute, prefill and decode together."""
+    block_tokens: PositiveCount = 16
+    kv_blocks: Count = 0
+    """KV blocks a rank; 0 takes what max_sequences need at a quarter of the context."""
+    context_tokens: Count = 0
+    """Longest prompt and completion together; 0 takes the model's."""
+    micro_batches: Annotated[int, Field(ge=0, le=2)] = 0
+    """1 or 2; 0 takes 2 when there are expert workers."""
+
+
+class ExpertSection(ProcessSection):
+    """Expert workers."""
+
+    workers: Count = 2
+    """How many; 0 runs the experts in the gateway's processes."""
+    floor: PositiveCount = 1
+    """Copies wanted of every expert, on distinct workers."""
+    slots: Count = 0
+    """Slots a worker; 0 takes an even share and spare ones for lost coverage."""
+
+
+class FrontDoorSection(ProcessSection):
+    """Front doors: what clients connect to."""
+
+    count: PositiveCount = 1
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT; port 0 takes a free one. Further front doors take free ports."""
+    max_requests: PositiveCount = 1024
+    """Requests in flight before new ones are refused."""
+    max_message_bytes: PositiveCount = 16 * 2**20
+    drain_s: Seconds = 30.0
+
+
+class DispatchSection(_Section):
+    """Links between gateway ranks and expert workers."""
+
+    bit_stable: bool = False
+    """Tokens independent, to the bit, of batch and placement; slower."""
+    capacity_rows: PositiveCount = 512
+    """Rows that one message may hold; more rows take several messages."""
+    first_deadline_s: Seconds = 2.0
+    """Deadline of a call to a worker of which nothing is known yet."""
+
+
+class ControlSection(_Section):
+    """The controller."""
+
+    journal: str = ""
+    """Directory on durable storage; a directory that ends with the cluster when empty."""
+    pulse_s: Seconds = 0.5
+    start_timeout_s: Seconds = 600.0
+
+
+class TelemetrySection(_Section):
+    """Logs and metrics."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    logs_to_console: bool = False
+    """Forward every process's log to the command's standard error."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Count = 0
+    """Port of the first front door's /metrics; 0 takes a free one. Other processes take free ones."""
+
+
+class ClusterConfig(_Section):
+    """Everything that can be set."""
+
+    model: ModelConfigSection = ModelConfigSection()
+    gateways: GatewaySection = GatewaySection()
+    experts: ExpertSection = ExpertSection()
+    front_doors: FrontDoorSection = FrontDoorSection()
+    dispatch: DispatchSection = DispatchSection()
+    control: ControlSection = ControlSection()
+    telemetry: TelemetrySection = TelemetrySection()
+
+
+def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> ClusterConfig:
+    """Read the YAML file, apply `a.b=value` settings over it and validate the whole.
+
+    Values of settings are read as YAML, so `experts.workers=3` is a number.
+
+    Raises:
+        ConfigError: The file cannot be read, or keys or values are wrong; all of them are listed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold a mapping at its top, not {type(tree).__name__}")
+    for setting in settings:
+        _apply(tree, setting)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> ClusterConfig:
+    """Return the validated configuration of a plain tree of values.
+
+    Raises:
+        ConfigError: Keys or values are wrong; all of them are listed with their paths.
+    """
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(dict(e)) for e in error.errors()]
+        raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(problems)) from error
+
+
+def ray_environment() -> dict[str, str]:
+    """Switch off what Ray would do unasked, before it is imported: reports of use, token files.
+
+    A value that the user has set stays.
+    """
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRPC_VERBOSITY": "ERROR",
+    }
+    for key, value in quiet.items():
+        os.environ.setdefault(key, value)
+    return {key: os.environ[key] for key in quiet}
+
+
+def _apply(tree: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {setting}: write it as section.key=value")
+    *path, last = key.split(".")
+    node = tree
+    for part in path:
+        below = node.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {setting}: {part} is a value, not a section")
+        node = below
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting}: the value is not YAML: {error}") from error
+
+
+def _problem(error: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{path}: {error['msg']} (got {error['input']!r})"
+    known = _keys_of(error["loc"][:-1])
+    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+    return f"{path}: unknown key; {hint}"
+
+
+def _keys_of(path: tuple[str | int, ...]) -> list[str]:
+    section: type[BaseModel] = ClusterConfig
+    for part in path:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

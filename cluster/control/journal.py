@@ -1,0 +1,64 @@
+"""A journal in a directory: one file a View, one empty file a term.
+
+Creating a file exclusively is the compare-and-set, so the directory may lie on any shared file
+system that honours O_EXCL. It must not lie on the Ray head's own disk alone.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+from workers.errors import RefusedError
+from workers.placement import View
+
+_KEPT_VIEWS = 16
+
+
+class DirectoryJournal:
+    """A `Journal` on a file system; Views are written beside their place and moved into it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._term = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def claim_term(self) -> int:
+        """Take the next term; whoever creates its file first has it."""
+        while True:
+            term = self._highest_term() + 1
+            try:
+                os.close(os.open(self._directory / f"term-{term:012d}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue  # another controller was faster: try the term after its
+            self._term = term
+            return term
+
+    def append(self, view: View) -> None:
+        """Store a View durably; refuse when a higher term has been claimed."""
+        if self._highest_term() > self._term:
+            raise RefusedError(
+                f"controller term {self._term} is superseded by term {self._highest_term()}: "
+                "this controller must stop"
+            )
+        path = self._directory / f"view-{view.term:012d}-{view.version:012d}"
+        beside = path.with_suffix(".new")
+        with beside.open("wb") as file:
+            file.write(pickle.dumps(view))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        for old in sorted(self._directory.glob("view-*[0-9]"))[:-_KEPT_VIEWS]:
+            old.unlink(missing_ok=True)
+
+    def latest(self) -> View | None:
+        """Return the newest View in the directory."""
+        paths = sorted(self._directory.glob("view-*[0-9]"))
+        if not paths:
+            return None
+        view = pickle.loads(paths[-1].read_bytes())  # noqa: S301 - our own directory
+        assert isinstance(view, View)
+        return view
+
+    def _highest_term(self) -> int:
+        terms = [int(p.name.removeprefix("term-")) for p in self._directory.glob("term-*")]
+        return max(terms, default=0)

@@ -1,0 +1,135 @@
+"""What the controller needs from the outside: processes to start and call, and durable storage.
+
+Everything is a plain value or a non-blocking call, so that the same controller runs on Ray, in unit
+tests and under simulation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from workers.placement import MemberId, Role, View
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ProcessId:
+    """One process of a member: a gateway has one per rank, everybody else one."""
+
+    member: MemberId
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.member}.r{self.rank}" if self.rank else str(self.member)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """How to start one process: the body's class, its arguments and what it asks of a node.
+
+    Processes with the same `gang` start together or not at all, close to each other.
+    """
+
+    id: ProcessId
+    role: Role
+    body: type
+    arguments: tuple[Any, ...] = ()
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    gang: tuple[str, int] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A call came back with a value."""
+
+    process: ProcessId
+    method: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """A call came back with an error; the process lives on."""
+
+    process: ProcessId
+    method: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A process has ended, whatever the reason."""
+
+    process: ProcessId
+    reason: str
+
+
+RuntimeEvent = Returned | Raised | Died
+
+
+class Runtime(Protocol):
+    """Starts processes and carries slow control messages to them. No method blocks."""
+
+    def spawn(self, spec: ProcessSpec) -> None:
+        """Start a process; its death, also at birth, comes as `Died`."""
+        ...
+
+    def call(self, process: ProcessId, method: str, *arguments: object) -> None:
+        """Call a method of a process; `poll` returns the outcome, unless the process died."""
+        ...
+
+    def poll(self) -> Sequence[RuntimeEvent]:
+        """Return what has happened since the last poll, in order of arrival."""
+        ...
+
+    def kill(self, process: ProcessId) -> None:
+        """End a process at once; it comes as `Died` unless it had died already."""
+        ...
+
+
+class Journal(Protocol):
+    """Durable storage of Views, and the fence between controllers."""
+
+    def claim_term(self) -> int:
+        """Take the next term by compare-and-set: no two controllers ever hold the same."""
+        ...
+
+    def append(self, view: View) -> None:
+        """Store a View before it is published.
+
+        Raises RefusedError when a higher term has been claimed: this controller is superseded.
+        """
+        ...
+
+    def latest(self) -> View | None:
+        """Return the newest stored View, or None when there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a process says of itself when it has started."""
+
+    pid: int
+    node: str
+    endpoint: str = ""
+    store: str = ""
+    metrics: str = ""
+    rendezvous: object = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """What a process says of itself regularly.
+
+    `order` is the (term, version) of the View that it has adopted. `ready` says whether a request
+    that reached it now would be served. `failure` is a reason to replace it.
+    """
+
+    order: tuple[int, int] = (0, 0)
+    ready: bool = False
+    idle: bool = True
+    failure: str = ""
+    stats: object = None

@@ -1,0 +1,213 @@
+"""Logs and metrics of every role: names, units and labels in one place.
+
+Every process logs JSON lines to standard error and serves its Prometheus page on a port of its own.
+Counters of the data plane are read from its statistics when the page is asked for; nothing is
+pushed.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from structlog.typing import EventDict
+
+from workers.types import GatewayStats, WorkerStats
+
+_LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+_COUNT = CounterMetricFamily
+_GAUGE = GaugeMetricFamily
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One exported series of a statistics field: its name, kind and meaning."""
+
+    field: str
+    name: str
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily]
+    help: str
+
+
+GATEWAY_SAMPLES = (
+    Sample("running", "expertmesh_gateway_running_sequences", _GAUGE, "Sequences in the batch."),
+    Sample("waiting", "expertmesh_gateway_waiting_sequences", _GAUGE, "Sequences that wait."),
+    Sample("kv_blocks_used", "expertmesh_gateway_kv_blocks_used", _GAUGE, "KV blocks in use."),
+    Sample("kv_blocks_total", "expertmesh_gateway_kv_blocks", _GAUGE, "KV blocks in all."),
+    Sample(
+        "state_blocks_used", "expertmesh_gateway_state_blocks_used", _GAUGE, "State blocks in use."
+    ),
+    Sample("state_blocks_total", "expertmesh_gateway_state_blocks", _GAUGE, "State blocks in all."),
+    Sample("steps", "expertmesh_gateway_steps", _COUNT, "Steps that were committed."),
+    Sample("tokens_generated", "expertmesh_gateway_generated_tokens", _COUNT, "Tokens sampled."),
+    Sample(
+        "tokens_prefilled", "expertmesh_gateway_prefilled_tokens", _COUNT, "Prompt tokens computed."
+    ),
+    Sample(
+        "preemptions",
+        "expertmesh_gateway_preemptions",
+        _COUNT,
+        "Sequences put back for want of blocks.",
+    ),
+    Sample("resends", "expertmesh_gateway_resends", _COUNT, "Expert calls sent again."),
+    Sample("hedges", "expertmesh_gateway_hedges", _COUNT, "Expert calls sent twice on suspicion."),
+    Sample(
+        "parked_s",
+        "expertmesh_gateway_parked_seconds",
+        _COUNT,
+        "Time with rows that no worker could serve.",
+    ),
+    Sample(
+        "dispatch_wait_s",
+        "expertmesh_gateway_dispatch_wait_seconds",
+        _COUNT,
+        "Time spent waiting for experts.",
+    ),
+    Sample("step_s", "expertmesh_gateway_step_seconds", _COUNT, "Time spent in steps."),
+)
+WORKER_SAMPLES = (
+    Sample("slots_used", "expertmesh_worker_slots_used", _GAUGE, "Slots that hold an expert."),
+    Sample("slots_total", "expertmesh_worker_slots", _GAUGE, "Slots in all."),
+    Sample("links", "expertmesh_worker_links", _GAUGE, "Open links to gateway ranks."),
+    Sample("calls", "expertmesh_worker_calls", _COUNT, "Calls answered."),
+    Sample("rows", "expertmesh_worker_rows", _COUNT, "Token rows received."),
+    Sample("pairs", "expertmesh_worker_pairs", _COUNT, "(row, expert) pairs computed."),
+    Sample(
+        "stale_answers",
+        "expertmesh_worker_stale_answers",
+        _COUNT,
+        "Calls for experts that it does not hold.",
+    ),
+    Sample(
+        "queue_age_s",
+        "expertmesh_worker_queue_age_seconds",
+        _GAUGE,
+        "Age of the oldest call that waits.",
+    ),
+    Sample("compute_s", "expertmesh_worker_compute_seconds", _COUNT, "Time spent computing."),
+    Sample(
+        "batches",
+        "expertmesh_worker_batches",
+        _COUNT,
+        "Batches computed; a batch takes all calls that wait.",
+    ),
+)
+ROWS_BY_WORKER = "expertmesh_gateway_rows"
+VIEW_VERSION = "expertmesh_view_version"
+VIEW_TERM = "expertmesh_view_term"
+UNCOVERED = "expertmesh_uncovered_experts"
+
+
+class StatsCollector(Collector):
+    """Exports a statistics object, read anew for each scrape."""
+
+    def __init__(
+        self,
+        read: Callable[[], GatewayStats | WorkerStats],
+        samples: tuple[Sample, ...],
+        member: str,
+    ) -> None:
+        self._read = read
+        self._samples = samples
+        self._member = member
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family a field, and the rows sent to each worker."""
+        stats = self._read()
+        for sample in self._samples:
+            family = sample.kind(sample.name, sample.help, labels=["member"])
+            family.add_metric([self._member], float(getattr(stats, sample.field)))
+            yield family
+        if isinstance(stats, GatewayStats):
+            rows = CounterMetricFamily(
+                ROWS_BY_WORKER, "Token rows sent, by worker.", labels=["member", "worker"]
+            )
+            for worker, count in sorted(stats.rows_by_worker.items()):
+                rows.add_metric([self._member, worker], float(count))
+            yield rows
+
+
+class ViewGauges:
+    """The View that a process has adopted."""
+
+    def __init__(self, registry: CollectorRegistry, member: str) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["member"], registry=registry).labels(member)
+
+        self._version = gauge(VIEW_VERSION, "Version of the adopted View.")
+        self._term = gauge(VIEW_TERM, "Term of the adopted View.")
+        self._uncovered = gauge(UNCOVERED, "Experts without a serving replica in the adopted View.")
+
+    def set(self, term: int, version: int, num_uncovered: int) -> None:
+        """Note a newly adopted View."""
+        self._term.set(term)
+        self._version.set(version)
+        self._uncovered.set(num_uncovered)
+
+
+class FrontDoorInstruments:
+    """What the front door counts and times."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "expertmesh_requests",
+            "Requests that ended, by method and gRPC status.",
+            ["method", "code"],
+            registry=registry,
+        )
+        self.first_token_s = Histogram(
+            "expertmesh_time_to_first_token_seconds",
+            "From the request's arrival to its first token.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.token_gap_s = Histogram(
+            "expertmesh_token_gap_seconds",
+            "Between two messages of tokens of one sequence.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "expertmesh_requests_in_flight", "Requests admitted and not ended.", registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "expertmesh_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry
+        )
+        self.completion_tokens = Counter(
+            "expertmesh_completion_tokens", "Tokens delivered to clients.", registry=registry
+        )
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> str:
+    """Serve the registry at /metrics and return HOST:PORT; port 0 takes a free one."""
+    server, _thread = start_http_server(port, addr=host, registry=registry)
+    return f"{host}:{server.server_port}"
+
+
+def configure_logging(role: str, member: str, level: str) -> None:
+    """Log JSON lines to standard error, each with its role and member."""
+
+    def of_this_process(_logger: object, _method: str, event: EventDict) -> EventDict:
+        return {"role": role, "member": member, **event}
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            of_this_process,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
