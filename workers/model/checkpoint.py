@@ -9,19 +9,19 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.errors import CheckpointError
-from workers.model.config import read_json
+from workers.model.published import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -98,7 +98,7 @@ class Checkpoint:
         shape = tuple(len(b) for b in bounds)
         item = info.dtype.itemsize
         data = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = data.numpy().data
         done = 0
         for start, count in _runs(info.shape, bounds):
             self._read_into(view[done : done + count * item], name, info, start * item)
@@ -142,15 +142,17 @@ class Checkpoint:
     def _open(self) -> dict[str, TensorInfo]:
         index = self.directory / INDEX_FILE
         if not index.exists():
-            return dict(read_header(self.directory / SINGLE_FILE))
-        file_of = read_json(index).get("weight_map")
-        if not isinstance(file_of, dict) or not file_of:
-            raise CheckpointError(f"{index}: has no weight_map")
-        headers = {f: dict(read_header(self.directory / f)) for f in sorted(set(file_of.values()))}
+            return read_header(self.directory / SINGLE_FILE)
+        file_of = read_json(index).section("weight_map").values
+        if not all(isinstance(file, str) for file in file_of.values()):
+            raise CheckpointError(f"{index}: weight_map does not map names of tensors to files")
+        headers = {
+            file: read_header(self.directory / file) for file in sorted(set(file_of.values()))
+        }
         for name, file in file_of.items():
             if name not in headers[file]:
                 raise CheckpointError(
-                    f"{self.directory / file}: no tensor {name}, which {index.name} places there"
+                    f"{self.directory / file}: has no tensor {name}, contrary to {INDEX_FILE}"
                 )
         return {name: headers[file][name] for name, file in file_of.items()}
 
@@ -160,7 +162,12 @@ class Checkpoint:
         A hash of the configuration, of every tensor's name, type, shape and place, and of the first
         and last bytes of every file's data, which tell two trainings of one architecture apart.
         """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        try:
+            digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}: config.json cannot be read: {error.strerror}"
+            ) from error
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name} {info}\n".encode())
         for file in sorted({info.file for info in self.tensors.values()}):
@@ -173,8 +180,8 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-def read_header(path: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Read and check one file's header.
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check one file's header; the tensors come in the order of their bytes.
 
     Raises CheckpointError when the file is missing, is no safetensors file, holds more or less data
     than its header says, or has a tensor whose bytes do not fit its type and shape.
@@ -183,43 +190,55 @@ def read_header(path: Path) -> Iterator[tuple[str, TensorInfo]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path}: is truncated or no safetensors file: {size} bytes, of which the "
-                    f"header would take {length}"
-                )
-            header = json.loads(file.read(length))
+            header = file.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: its header is no JSON: {error}") from error
-    header.pop("__metadata__", None)
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        info = TensorInfo(
-            path.name, _dtype(path, name, entry), tuple(entry["shape"]), 8 + length + begin
-        )
-        if begin != end or stop - begin != info.num_bytes:
-            raise CheckpointError(
-                f"{path}: tensor {name} of shape {list(info.shape)} lies in bytes {begin} to "
-                f"{stop} of the data; expected {end} to {end + info.num_bytes}"
-            )
-        end = stop
-        yield name, info
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path}: has {size} bytes, its header asks for {8 + length + end}")
-
-
-def _dtype(path: Path, name: str, entry: Mapping[str, Any]) -> torch.dtype:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
+    if len(header) < max(length, 2):
         raise CheckpointError(
-            f"{path}: tensor {name} has dtype {entry['dtype']}; known: {', '.join(_DTYPES)}"
+            f"{path}: is truncated or no safetensors file: {size} bytes, of which the header would "
+            f"take {length}"
         )
-    return dtype
+    tensors = _parse_header(path, header)
+    end = 8 + length
+    for name, info in tensors.items():
+        if info.offset != end:
+            raise CheckpointError(
+                f"{path}: tensor {name} begins at byte {info.offset}, expected {end}"
+            )
+        end += info.num_bytes
+    if end != size:
+        last = next(reversed(tensors), "its header")
+        raise CheckpointError(f"{path}: has {size} bytes; {last} would end at byte {end}")
+    return tensors
+
+
+def _parse_header(path: Path, header: bytes) -> dict[str, TensorInfo]:
+    """Read the entries, ordered by offset; that they leave no gap is checked by the caller."""
+    sizes: dict[str, int] = {}
+    tensors: dict[str, TensorInfo] = {}
+    name = "(none)"
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            shape = tuple(operator.index(n) for n in entry["shape"])
+            tensors[name] = TensorInfo(
+                path.name, _DTYPES[entry["dtype"]], shape, 8 + len(header) + begin
+            )
+            sizes[name] = end - begin
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: malformed header at tensor {name}: {error!r}; "
+            f"known dtypes: {', '.join(_DTYPES)}"
+        ) from error
+    for name, info in tensors.items():
+        if min(info.shape, default=0) < 0 or info.num_bytes != sizes[name]:
+            raise CheckpointError(
+                f"{path}: tensor {name} of shape {list(info.shape)} and {info.dtype} needs "
+                f"{info.num_bytes} bytes, its place has {sizes[name]}"
+            )
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)))
 
 
 def _bounds(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[range, ...]:

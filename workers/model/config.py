@@ -4,7 +4,6 @@ A configuration is either understood completely or refused with the key, its val
 supported: a setting that is silently ignored gives wrong tokens.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from workers.errors import CheckpointError, ConfigError
+from workers.errors import ConfigError
+from workers.model.published import Section, read_json
 
 ARCHITECTURES = ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration")
 MODEL_TYPES = ("qwen3_5_moe_text", "qwen3_5_moe")
@@ -105,7 +105,7 @@ class ModelConfig:
         Raises CheckpointError when the file is missing, is no JSON object, or describes a model
         that is not supported.
         """
-        return cls.from_dict(read_json(Path(directory) / "config.json"))
+        return cls._read(read_json(Path(directory) / "config.json"))
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> "ModelConfig":
@@ -113,20 +113,22 @@ class ModelConfig:
 
         Raises CheckpointError naming the key, its value and what is supported.
         """
-        top = _Section(published)
+        return cls._read(Section(published, "config.json"))
+
+    @classmethod
+    def _read(cls, top: Section) -> "ModelConfig":
         _check_architecture(top)
-        text = top.section("text_config") if "text_config" in published else top
+        text = top.section("text_config") if "text_config" in top.values else top
         for key, supported in _SUPPORTED.items():
             text.choice(key, supported)
-        num_layers = text.integer("num_hidden_layers")
-        quantized = top if published.get("quantization_config") is not None else text
-        # The top level of a nested configuration says whether the embeddings are tied.
-        tied_at = top if "tie_word_embeddings" in published else text
+        # Of a nested configuration, the top level decides these two where it names them.
+        tied_at = top if "tie_word_embeddings" in top.values else text
+        quantized = top if "quantization_config" in top.values else text
         config = cls(
             vocab_size=text.integer("vocab_size"),
             hidden_size=text.integer("hidden_size"),
-            num_layers=num_layers,
-            layer_types=_layer_types(text, num_layers),
+            num_layers=text.integer("num_hidden_layers"),
+            layer_types=_layer_types(text, text.integer("num_hidden_layers")),
             num_attention_heads=text.integer("num_attention_heads"),
             num_kv_heads=text.integer("num_key_value_heads"),
             head_dim=text.integer("head_dim"),
@@ -143,7 +145,7 @@ class ModelConfig:
             rms_norm_eps=text.number("rms_norm_eps"),
             tie_word_embeddings=bool(tied_at.choice("tie_word_embeddings", (False, True, None))),
             max_position_embeddings=text.integer("max_position_embeddings"),
-            eos_token_ids=token_ids(text.get("eos_token_id", top.get("eos_token_id")), text.path),
+            eos_token_ids=text.token_ids("eos_token_id") or top.token_ids("eos_token_id"),
             quantization=_quantization(quantized),
         )
         _check_consistent(config, text)
@@ -153,6 +155,13 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Leading dimensions of a head that are rotated."""
         return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Positions that the rotary embedding covers, stretched by YaRN where there is one."""
+        yarn = self.rope.yarn
+        stretched = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def linear_key_size(self) -> int:
@@ -185,79 +194,16 @@ class ModelConfig:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """One object of config.json; `path` is its place, for messages."""
-
-    values: Mapping[str, Any]
-    path: str = ""
-
-    def get(self, key: str, default: object = None) -> Any:  # noqa: ANN401 - JSON
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def refuse(self, key: str, value: object, supported: str) -> CheckpointError:
-        return CheckpointError(
-            f"config.json: {self.path}{key} is {value!r}; supported: {supported}"
-        )
-
-    def section(self, key: str) -> "_Section":
-        value = self.values.get(key)
-        if not isinstance(value, Mapping):
-            raise self.refuse(key, value, "an object")
-        return _Section(value, f"{self.path}{key}.")
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.refuse(key, value, f"an integer from {minimum}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.refuse(key, value, "a number above 0")
-        return float(value)
-
-    def choice(self, key: str, supported: tuple[object, ...]) -> Any:  # noqa: ANN401 - JSON
-        value = self.values.get(key)
-        if not any(value == s and type(value) is type(s) for s in supported):
-            named = ", ".join(repr(s) for s in supported if s is not None)
-            raise self.refuse(key, value, named or "not set")
-        return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises CheckpointError naming the file when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return value
-
-
-def token_ids(value: object, path: str = "") -> tuple[int, ...]:
-    """Read `eos_token_id`, which is published as one id, as a list of ids, or not at all."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise _Section({}, path).refuse("eos_token_id", value, "token ids from 0")
-    return tuple(ids)
-
-
-def _check_architecture(top: _Section) -> None:
+def _check_architecture(top: Section) -> None:
     architectures = top.get("architectures", [])
     if architectures:
-        if not isinstance(architectures, list) or architectures[0] not in ARCHITECTURES:
+        if not isinstance(architectures, list) or not set(architectures) <= set(ARCHITECTURES):
             raise top.refuse("architectures", architectures, ", ".join(ARCHITECTURES))
     else:
         top.choice("model_type", MODEL_TYPES)
 
 
-def _layer_types(text: _Section, num_layers: int) -> tuple[LayerType, ...]:
+def _layer_types(text: Section, num_layers: int) -> tuple[LayerType, ...]:
     published = text.get("layer_types")
     if published is None:
         interval = text.integer("full_attention_interval")
@@ -266,6 +212,8 @@ def _layer_types(text: _Section, num_layers: int) -> tuple[LayerType, ...]:
             for layer in range(num_layers)
         )
     known = [t.value for t in LayerType]
+    if not isinstance(published, list):
+        raise text.refuse("layer_types", published, f"a list of {', '.join(known)}")
     for layer, name in enumerate(published):
         if name not in known:
             raise text.refuse(f"layer_types[{layer}]", name, ", ".join(known))
@@ -276,19 +224,19 @@ def _layer_types(text: _Section, num_layers: int) -> tuple[LayerType, ...]:
     return tuple(LayerType(name) for name in published)
 
 
-def _rope(text: _Section) -> RopeConfig:
+def _rope(text: Section) -> RopeConfig:
     rope = text.section("rope_parameters")
     kind = rope.choice("rope_type", ("default", "yarn", None))
     return RopeConfig(
         theta=rope.number("rope_theta"),
         partial_rotary_factor=rope.number(
-            "partial_rotary_factor", text.number("partial_rotary_factor", 0.25)
+            "partial_rotary_factor", text.number("partial_rotary_factor", 0.25), maximum=1
         ),
-        yarn=_yarn(rope) if kind == "yarn" else None,
+        yarn=_yarn(rope, text) if kind == "yarn" else None,
     )
 
 
-def _yarn(rope: _Section) -> YarnConfig:
+def _yarn(rope: Section, text: Section) -> YarnConfig:
     factor = rope.number("factor")
     if factor < 1:
         raise rope.refuse("factor", factor, "a number from 1")
@@ -296,7 +244,9 @@ def _yarn(rope: _Section) -> YarnConfig:
         rope.choice(key, (None,))
     return YarnConfig(
         factor=factor,
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
+        original_max_position_embeddings=rope.integer(
+            "original_max_position_embeddings", text.integer("max_position_embeddings")
+        ),
         beta_fast=rope.number("beta_fast", 32),
         beta_slow=rope.number("beta_slow", 1),
         # The published rule, as in transformers modeling_rope_utils.
@@ -305,7 +255,7 @@ def _yarn(rope: _Section) -> YarnConfig:
     )
 
 
-def _quantization(owner: _Section) -> QuantizationConfig | None:
+def _quantization(owner: Section) -> QuantizationConfig | None:
     if owner.get("quantization_config") is None:
         return None
     section = owner.section("quantization_config")
@@ -319,36 +269,26 @@ def _quantization(owner: _Section) -> QuantizationConfig | None:
         isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     ):
         raise section.refuse("weight_block_size", block, "two integers from 1, such as [128, 128]")
+    modules = section.get("modules_to_not_convert", [])
+    if not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise section.refuse("modules_to_not_convert", modules, "a list of module names")
     return QuantizationConfig(
-        block_size=(block[0], block[1]),
-        modules_to_not_convert=tuple(section.get("modules_to_not_convert", [])),
+        block_size=(block[0], block[1]), modules_to_not_convert=tuple(modules)
     )
 
 
-def _check_consistent(config: ModelConfig, text: _Section) -> None:
+def _check_consistent(config: ModelConfig, text: Section) -> None:
     """Refuse head counts that do not divide, more chosen experts than there are, and the like."""
-    for key, value, divisor_key, divisor in (
-        (
-            "num_attention_heads",
-            config.num_attention_heads,
-            "num_key_value_heads",
-            config.num_kv_heads,
-        ),
-        (
-            "linear_num_value_heads",
-            config.linear_num_value_heads,
-            "linear_num_key_heads",
-            config.linear_num_key_heads,
-        ),
+    for key, divisor_key in (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
     ):
+        value, divisor = text.integer(key), text.integer(divisor_key)
         if value % divisor:
             raise text.refuse(key, value, f"a multiple of {divisor_key} = {divisor}")
     if config.num_experts_per_token > config.num_experts:
-        raise text.refuse(
-            "num_experts_per_tok",
-            config.num_experts_per_token,
-            f"at most num_experts = {config.num_experts}",
-        )
+        most = f"at most num_experts = {config.num_experts}"
+        raise text.refuse("num_experts_per_tok", config.num_experts_per_token, most)
     if config.rotary_dim % 2 or not 2 <= config.rotary_dim <= config.head_dim:
         raise text.refuse(
             "rope_parameters.partial_rotary_factor",

@@ -11,7 +11,6 @@ KV head is held by several ranks. Every rank computes gate and shared expert for
 these are whole on each, like the norms.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,10 @@ from workers.model.config import LayerType, ModelConfig
 
 PREFIXES = ("model.language_model.", "model.")
 SCALE_SUFFIX = "_scale_inv"
+# Parameters that decide values in float32 and are held so, whatever the compute dtype.
+FLOAT32_FIELDS = frozenset(
+    {"input_norm", "post_norm", "norm", "q_norm", "k_norm", "a_log", "dt_bias"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +117,7 @@ class RankPlan:
         c = self.config
         vocabulary = (c.vocab_size, c.hidden_size)
         rows = slice(*(min(n, c.vocab_size) for n in self.vocab_rows))
-        plan = {
+        plan: Parameters = {
             "embed": (_at(f"{self.layout.prefix}embed_tokens.weight", vocabulary, rows),),
             "norm": (self._whole(f"{self.layout.prefix}norm.weight", (c.hidden_size,)),),
         }
@@ -157,14 +160,17 @@ class RankPlan:
             "shared_gate": (self._whole(f"{base}shared_expert_gate.weight", (1, hidden)),),
         }
 
+    def parameters(self) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+        """Yield the field name and the pieces of everything of this rank."""
+        yield from self.embedding().items()
+        for layer in range(self.config.num_layers):
+            for part in (self.norms(layer), self.mixer(layer), self.moe(layer)):
+                yield from part.items()
+
     def pieces(self) -> Iterator[Piece]:
-        """Everything of this rank."""
-        layers = range(self.config.num_layers)
-        plans = itertools.chain(
-            [self.embedding()],
-            *([self.norms(i), self.mixer(i), self.moe(i)] for i in layers),
-        )
-        return (piece for plan in plans for pieces in plan.values() for piece in pieces)
+        """Yield the pieces of everything of this rank."""
+        for _, pieces in self.parameters():
+            yield from pieces
 
     def _attention(self, base: str) -> Parameters:
         c = self.config

@@ -4,15 +4,15 @@ Weights come out in the compute dtype and on the compute device; block FP8 is mu
 decides values in float32 everywhere (norms, decay rates) stays float32.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.errors import CheckpointError
 from workers.model.checkpoint import Checkpoint
-from workers.model.config import LayerType, ModelConfig, read_json, token_ids
+from workers.model.config import LayerType, ModelConfig
 from workers.model.parameters import (
     AttentionParameters,
     DecoderParameters,
@@ -21,9 +21,17 @@ from workers.model.parameters import (
     LayerParameters,
     MoeParameters,
 )
-from workers.model.plan import Layout, Parameters, Piece, RankPlan, expert_plan, scale_index
-
-_FLOAT32 = frozenset({"input_norm", "post_norm", "norm", "q_norm", "k_norm", "a_log", "dt_bias"})
+from workers.model.plan import (
+    FLOAT32_FIELDS,
+    Layout,
+    Parameters,
+    Piece,
+    RankPlan,
+    expert_plan,
+    scale_index,
+)
+from workers.model.published import Section, read_json
+from workers.model.verify import check_pieces
 
 
 def load_decoder(
@@ -35,9 +43,14 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
 ) -> DecoderParameters:
-    """Load what one rank of a tensor-parallel group of `size` holds: all but the routed experts."""
+    """Load what one rank of a tensor-parallel group of `size` holds: all but the routed experts.
+
+    Raises ConfigError when `size` ranks cannot share the heads, and CheckpointError, before any
+    weight is read, when a tensor is missing or is not what the configuration says.
+    """
     config.check_tensor_parallel(size)
     plan = RankPlan(config=config, layout=Layout.find(checkpoint.tensors), rank=rank, size=size)
+    check_pieces(checkpoint, config, plan.pieces())
     load = _Loader(checkpoint, config, dtype, device)
 
     def layer(index: int) -> LayerParameters:
@@ -71,8 +84,13 @@ def load_expert(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ExpertParameters:
-    """Load one routed expert and nothing else."""
+    """Load one routed expert and nothing else.
+
+    Raises CheckpointError, before any weight is read, when one of its tensors is missing or is not
+    what the configuration says.
+    """
     plan = expert_plan(config, Layout.find(checkpoint.tensors), layer, expert)
+    check_pieces(checkpoint, config, itertools.chain.from_iterable(plan.values()))
     return ExpertParameters(**_Loader(checkpoint, config, dtype, device)(plan))
 
 
@@ -87,7 +105,7 @@ class _Loader:
 
     def __call__(self, parameters: Parameters) -> dict[str, Tensor]:
         return {
-            name: self._join(pieces, torch.float32 if name in _FLOAT32 else self.dtype)
+            name: self._join(pieces, torch.float32 if name in FLOAT32_FIELDS else self.dtype)
             for name, pieces in parameters.items()
         }
 
@@ -141,27 +159,14 @@ class GenerationDefaults:
         value that is out of its range.
         """
         path = Path(directory) / "generation_config.json"
-        published = read_json(path) if path.exists() else {}
-
-        def number(key: str, default: float, low: float, high: float) -> float:
-            value = published.get(key)
-            value = default if value is None else value
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not low <= value <= high
-            ):
-                raise CheckpointError(
-                    f"{path.name}: {key} is {value!r}; supported: {low} to {high}"
-                )
-            return value
-
-        ends = token_ids(published.get("eos_token_id")) or ModelConfig.load(directory).eos_token_ids
+        published = read_json(path) if path.exists() else Section({}, str(path))
+        ends = published.token_ids("eos_token_id")
+        sampled = published.choice("do_sample", (True, False, None)) is True
         return cls(
-            temperature=number("temperature", 1.0, 0, 100) if published.get("do_sample") else 0.0,
-            top_p=number("top_p", 1.0, 0, 1),
-            top_k=int(number("top_k", 0, 0, 2**31)),
-            min_p=number("min_p", 0.0, 0, 1),
-            repetition_penalty=number("repetition_penalty", 1.0, 0.01, 100),
-            eos_token_ids=ends,
+            temperature=published.number("temperature", 1.0, zero=True) if sampled else 0.0,
+            top_p=published.number("top_p", 1.0, maximum=1),
+            top_k=published.integer("top_k", 0, minimum=0),
+            min_p=published.number("min_p", 0.0, zero=True, maximum=1),
+            repetition_penalty=published.number("repetition_penalty", 1.0),
+            eos_token_ids=ends or ModelConfig.load(directory).eos_token_ids,
         )
