@@ -5,6 +5,7 @@ or a token.
 """
 
 import contextlib
+import importlib
 import logging
 import queue
 import threading
@@ -30,6 +31,18 @@ NAMESPACE = "expertmesh"
 LOOPBACK = "127.0.0.1"
 _METHODS_AT_ONCE = 8  # a long call, such as loading, must not hold up a pulse
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
+
+
+class _Host:
+    """The actor around a body, which is imported only in the process that runs it."""
+
+    def __init__(self, body: str, *arguments: object) -> None:
+        module, _, name = body.partition(":")
+        self._body = getattr(importlib.import_module(module), name)(*arguments)
+
+    def call(self, method: str, *arguments: object) -> object:
+        """Call a method of the body."""
+        return getattr(self._body, method)(*arguments)
 
 
 @dataclass(slots=True)
@@ -66,17 +79,17 @@ class RayRuntime:
                 self._gang(name, size, spec), placement_group_bundle_index=spec.id.rank
             )
             options["num_cpus"] = max(spec.num_cpus, _GANG_CPU)
-        actor = ray.remote(spec.body).options(**options).remote(*spec.arguments)
+        actor = ray.remote(_Host).options(**options).remote(spec.body, *spec.arguments)
         process = _Process(actor, gang=spec.gang[0] if spec.gang else "")
         self._processes[spec.id] = process
         # A call that never returns: its end is the actor's end, noticed within milliseconds.
-        self._watch(spec.id, "hold", actor.hold.remote())
+        self._watch(spec.id, "hold", actor.call.remote("hold"))
 
     def call(self, process: ProcessId, method: str, *arguments: object) -> None:
         """Call a method of an actor; nothing happens when the actor has died."""
         known = self._processes.get(process)
         if known is not None and known.alive:
-            self._watch(process, method, getattr(known.actor, method).remote(*arguments))
+            self._watch(process, method, known.actor.call.remote(method, *arguments))
 
     def poll(self) -> Sequence[RuntimeEvent]:
         """Return what has happened since the last poll."""

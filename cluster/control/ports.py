@@ -24,14 +24,14 @@ class ProcessId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSpec:
-    """How to start one process: the body's class, its arguments and what it asks of a node.
+    """How to start one process: its body as MODULE:CLASS, and what it asks of a node.
 
     Processes with the same `gang` start together or not at all, close to each other.
     """
 
     id: ProcessId
     role: Role
-    body: type
+    body: str
     arguments: tuple[Any, ...] = ()
     num_cpus: float = 0.0
     num_gpus: float = 0.0

@@ -1,0 +1,184 @@
+"""The composition root: turns a configuration into blueprints, a controller and its cluster."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from cluster.config import ClusterConfig, ray_environment
+from cluster.control.controller import (
+    Blueprint,
+    ClusterStatus,
+    Controller,
+    ControllerOptions,
+    Desired,
+)
+from cluster.control.journal import DirectoryJournal
+from cluster.control.planner import slots_needed
+from cluster.control.ports import ProcessId, ProcessSpec
+from cluster.runtime import RayRuntime
+from cluster.telemetry import configure_logging
+from workers.clock import SystemClock
+from workers.errors import ConfigError
+from workers.placement import MemberId, Placement, Role
+
+CONTROLLER_NAME = "expertmesh-controller"
+_TICK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What the control plane must know of a model, from its checkpoint."""
+
+    directory: str
+    name: str
+    num_layers: int
+    num_experts: int
+    weights_version: str
+
+
+def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
+    """Return how many members the configuration wants, and how many slots each worker has."""
+    workers = config.experts.workers
+    needed = (
+        slots_needed(model.num_layers, model.num_experts, workers, config.experts.floor)
+        if workers
+        else 0
+    )
+    if (
+        config.experts.slots
+        and config.experts.slots * workers < model.num_layers * model.num_experts
+    ):
+        raise ConfigError(
+            f"experts.slots: {config.experts.slots} slots on {workers} workers cannot hold the "
+            f"{model.num_layers * model.num_experts} experts of {model.name}; "
+            f"at least {needed} are needed, or 0 for an even share"
+        )
+    return Desired(
+        members={
+            Role.EXPERT_WORKER: workers,
+            Role.GATEWAY: config.gateways.count,
+            Role.FRONT_DOOR: config.front_doors.count,
+        },
+        num_slots=config.experts.slots or needed,
+        floor=config.experts.floor,
+    )
+
+
+def blueprints_of(
+    config: ClusterConfig, model: ModelFacts, num_slots: int
+) -> Mapping[Role, Blueprint]:
+    """Return, for each role, how the processes of one member are started."""
+
+    def gateway(member: MemberId) -> tuple[ProcessSpec, ...]:
+        size = config.gateways.tensor_parallel
+        return tuple(
+            ProcessSpec(
+                id=ProcessId(member, rank),
+                role=Role.GATEWAY,
+                body="cluster.bodies.gateway:GatewayBody",
+                arguments=(member, rank, model.directory, config),
+                num_cpus=config.gateways.num_cpus,
+                num_gpus=config.gateways.num_gpus,
+                resources=config.gateways.resources,
+                gang=(str(member), size) if size > 1 else None,
+                environment=_environment(config.gateways.threads),
+            )
+            for rank in range(size)
+        )
+
+    def expert_worker(member: MemberId) -> tuple[ProcessSpec, ...]:
+        return (
+            ProcessSpec(
+                id=ProcessId(member),
+                role=Role.EXPERT_WORKER,
+                body="cluster.bodies.expert:ExpertWorkerBody",
+                arguments=(member, model.directory, num_slots, config),
+                num_cpus=config.experts.num_cpus,
+                num_gpus=config.experts.num_gpus,
+                resources=config.experts.resources,
+                environment=_environment(config.experts.threads),
+            ),
+        )
+
+    def front_door(member: MemberId) -> tuple[ProcessSpec, ...]:
+        first = member.name.endswith("-0")
+        host, _, port = config.front_doors.listen.rpartition(":")
+        return (
+            ProcessSpec(
+                id=ProcessId(member),
+                role=Role.FRONT_DOOR,
+                body="cluster.bodies.frontdoor:FrontDoorBody",
+                arguments=(
+                    member,
+                    model.directory,
+                    f"{host}:{port if first else 0}",
+                    config.telemetry.metrics_port if first else 0,
+                    config,
+                ),
+                num_cpus=config.front_doors.num_cpus,
+                resources=config.front_doors.resources,
+                environment=_environment(config.front_doors.threads),
+            ),
+        )
+
+    return {
+        Role.GATEWAY: gateway,
+        Role.EXPERT_WORKER: expert_worker,
+        Role.FRONT_DOOR: front_door,
+    }
+
+
+class ControllerBody:
+    """The controller's process: ticks, and answers the command line."""
+
+    def __init__(self, config: ClusterConfig, model: ModelFacts) -> None:
+        configure_logging(Role.CONTROLLER.value, CONTROLLER_NAME, config.telemetry.log_level)
+        desired = desired_of(config, model)
+        journal = config.control.journal or tempfile.mkdtemp(prefix="expertmesh-journal-")
+        self._lock = threading.Lock()
+        self._controller = Controller(
+            desired,
+            Placement(model.weights_version, model.num_layers, model.num_experts),
+            blueprints_of(config, model, desired.num_slots),
+            runtime=RayRuntime(),
+            journal=DirectoryJournal(Path(journal)),
+            clock=SystemClock(),
+            options=ControllerOptions(pulse_s=config.control.pulse_s),
+        )
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="controller", daemon=True).start()
+
+    def status(self) -> ClusterStatus:
+        """Return the cluster as the controller knows it."""
+        with self._lock:
+            return self._controller.status()
+
+    def stop(self, deadline_s: float) -> bool:
+        """Drain every member; says whether all were gone by the deadline."""
+        with self._lock:
+            self._controller.stop()
+        return self._ended.wait(deadline_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.wait(_TICK_S):
+                with self._lock:
+                    self._controller.tick()
+                    if self._controller.stopped:
+                        self._ended.set()
+        except BaseException:
+            structlog.get_logger("controller").exception("the controller's loop broke")
+            os._exit(1)  # a process that answers while its loop is dead would look healthy
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Return what a process must find in its environment before it imports anything."""
+    return {
+        **ray_environment(),
+        **{name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
+    }

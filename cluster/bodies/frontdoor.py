@@ -1,0 +1,59 @@
+"""The body of a front door."""
+
+import os
+
+from cluster.bodies.process import LoopThread, Process
+from cluster.config import ClusterConfig
+from cluster.control.ports import Opened, Pulse
+from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.server import FrontDoor
+from cluster.runtime import node_name
+from cluster.telemetry import FrontDoorInstruments
+from workers.placement import MemberId, Role, View
+
+
+class FrontDoorBody(Process):
+    """One front door."""
+
+    def __init__(
+        self,
+        member: MemberId,
+        model_dir: str,
+        listen: str,
+        metrics_port: int,
+        config: ClusterConfig,
+    ) -> None:
+        super().__init__(Role.FRONT_DOOR, member, config.telemetry, metrics_port=metrics_port)
+        self._drain_s = config.front_doors.drain_s
+        self._loop = LoopThread()
+        self._door = FrontDoor(
+            FrontDoorOptions(
+                listen=listen,
+                max_requests=config.front_doors.max_requests,
+                max_message_bytes=config.front_doors.max_message_bytes,
+            ),
+            ModelInfo.load(model_dir, name=config.model.name),
+            metrics=FrontDoorInstruments(self.registry),
+        )
+
+    def open(self) -> Opened:
+        """Say where this front door runs."""
+        return self.opened()
+
+    def start(self) -> Opened:
+        """Listen to clients."""
+        endpoint = self._loop.run(self._door.start(), timeout_s=30.0)
+        return Opened(pid=os.getpid(), node=node_name(), endpoint=endpoint)
+
+    def adopt(self, view: View) -> None:
+        """Take a newer View and connect to its gateways."""
+        self._loop.run(_called(self._door.adopt, view), timeout_s=30.0)
+        self.note(view)
+
+    def pulse(self) -> Pulse:
+        """Say how this front door is."""
+        return Pulse(order=self.order, ready=self._door.ready)
+
+    def drain(self) -> None:
+        """Take no new requests, let the running ones finish, then close."""
+        self._loop.run(self._door.drain(self._drain_s), timeout_s=self._drain_s + 10.0)

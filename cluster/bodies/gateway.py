@@ -1,0 +1,107 @@
+"""The body of one gateway rank."""
+
+import os
+
+from workers.gateway.options import GatewayOptions
+from workers.gateway.worker import GatewaySpec, GatewayWorker
+
+from cluster.bodies.process import LoopThread, Process
+from cluster.config import ClusterConfig
+from cluster.control.ports import Opened, Pulse
+from cluster.endpoint import GatewayEndpoint
+from cluster.runtime import node_address, node_name
+from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
+from workers.mesh import Rendezvous
+from workers.placement import MemberId, Role, View
+
+
+class GatewayBody(Process):
+    """One rank of a gateway; rank 0 also serves the stream to the front doors."""
+
+    def __init__(self, member: MemberId, rank: int, model_dir: str, config: ClusterConfig) -> None:
+        super().__init__(Role.GATEWAY, member, config.telemetry)
+        self._rank = rank
+        self._host = node_address()
+        self._worker = GatewayWorker(
+            GatewaySpec(
+                member=member,
+                rank=rank,
+                size=config.gateways.tensor_parallel,
+                host=self._host,
+                model_dir=model_dir,
+                options=_options(config),
+            )
+        )
+        self._endpoint: GatewayEndpoint | None = None
+        self._loop = LoopThread()
+        if rank == 0:
+            self.registry.register(StatsCollector(self._worker.stats, GATEWAY_SAMPLES, str(member)))
+
+    def open(self) -> Opened:
+        """Start this rank's stores."""
+        store = self._worker.open()
+        rendezvous = self._worker.rendezvous() if self._rank == 0 else None
+        return self.opened(store=store, rendezvous=rendezvous)
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Meet the other ranks of the gateway."""
+        self._worker.join(rendezvous)
+
+    def load(self) -> None:
+        """Read this rank's weights and take its memory."""
+        self._worker.load()
+
+    def start(self) -> Opened | None:
+        """Run the engine; rank 0 begins to listen to front doors."""
+        self._worker.start()
+        if self._rank:
+            return None
+        self._endpoint = GatewayEndpoint(self._worker, f"{self._host}:0")
+        endpoint = self._loop.run(self._endpoint.start(), timeout_s=30.0)
+        return Opened(pid=os.getpid(), node=node_name(), endpoint=endpoint)
+
+    def adopt(self, view: View) -> None:
+        """Take a newer View."""
+        self._worker.adopt(view)
+        self.note(view)
+
+    def pulse(self) -> Pulse:
+        """Say how this rank is."""
+        return Pulse(
+            order=self.order,
+            ready=self._worker.ready,
+            failure=self._worker.failure or "",
+            stats=self._worker.stats() if self._rank == 0 else None,
+        )
+
+    def drain(self, deadline_s: float = 30.0) -> bool:
+        """Finish the running sequences, then close."""
+        idle = self._worker.drain(deadline_s) if self._rank == 0 else True
+        if self._endpoint is not None:
+            self._loop.run(self._endpoint.stop(), timeout_s=10.0)
+        self._worker.close()
+        return idle
+
+
+def _options(config: ClusterConfig) -> GatewayOptions:
+    """Translate the configuration into the gateway's own words."""
+    section = config.gateways
+    local = config.experts.workers == 0
+    return GatewayOptions(
+        max_sequences=section.max_sequences,
+        max_waiting=section.max_waiting,
+        step_tokens=section.step_tokens,
+        block_tokens=section.block_tokens,
+        num_kv_blocks=section.kv_blocks,
+        context_tokens=section.context_tokens,
+        local_experts=local,
+        micro_batches=section.micro_batches or (1 if local else 2),
+        bit_stable=config.dispatch.bit_stable,
+        dtype=config.model.dtype,
+        num_threads=section.threads,
+        dispatch=DispatchOptions(
+            bit_stable=config.dispatch.bit_stable,
+            capacity_rows=config.dispatch.capacity_rows,
+            first_deadline_s=config.dispatch.first_deadline_s,
+        ),
+    )

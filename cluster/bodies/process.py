@@ -1,0 +1,63 @@
+"""What every process has: logs, a metrics page, the newest View and an end."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from prometheus_client import CollectorRegistry
+
+from cluster.config import TelemetrySection
+from cluster.control.ports import Opened
+from cluster.runtime import node_name
+from cluster.telemetry import ViewGauges, configure_logging, serve_metrics
+from workers.placement import MemberId, Role, View
+
+_Result = TypeVar("_Result")
+
+
+class Process:
+    """What every body has: logs, a metrics page, the newest View and an end."""
+
+    def __init__(
+        self, role: Role, member: MemberId, telemetry: TelemetrySection, *, metrics_port: int = 0
+    ) -> None:
+        configure_logging(role.value, str(member), telemetry.log_level)
+        self.registry = CollectorRegistry()
+        self.order = (0, 0)
+        self._view_gauges = ViewGauges(self.registry, str(member))
+        self._metrics = (telemetry.metrics_host, metrics_port)
+        self._ended = threading.Event()
+
+    def hold(self) -> None:
+        """Return when the process ends: the caller learns of its death by this."""
+        self._ended.wait()
+
+    def opened(self, **more: Any) -> Opened:  # noqa: ANN401
+        """Describe this process, with its metrics page served."""
+        host, port = self._metrics
+        return Opened(
+            pid=os.getpid(),
+            node=node_name(),
+            metrics=serve_metrics(self.registry, host, port),
+            **more,
+        )
+
+    def note(self, view: View) -> None:
+        """Remember the order of an adopted View."""
+        if view.order > self.order:
+            self.order = view.order
+            self._view_gauges.set(view.term, view.version, len(view.uncovered()))
+
+
+class LoopThread:
+    """An asyncio loop in a thread of its own, since the bodies' methods are synchronous."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="asyncio", daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, _Result], *, timeout_s: float) -> _Result:
+        """Run a coroutine on the loop and wait; raises TimeoutError."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)

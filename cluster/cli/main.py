@@ -1,0 +1,187 @@
+"""The commands of `expertmesh` and their options."""
+
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+
+from cluster.cli.bench import LoadOptions, bench_command
+from cluster.cli.check import check_command
+from cluster.cli.demo import demo_command
+from cluster.cli.serve import serve_command
+from cluster.cli.status import status_command
+from cluster.cli.talk import Ask, chat_command, generate_command
+from cluster.config import ClusterConfig, load_config
+from workers.errors import ExpertmeshError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve hybrid mixture-of-experts models on a cluster whose members may come and go.",
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE, over the file; repeatable.")
+]
+Server = Annotated[str, typer.Option("--server", help="HOST:PORT of a front door.")]
+Model = Annotated[str | None, typer.Option("--model", help="A checkpoint's directory, or demo.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; unset is the model's own.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Unset is what the context allows.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
+
+_DEFAULT_SERVER = "127.0.0.1:50051"
+
+
+@app.command()
+def serve(
+    *,
+    model: Model = None,
+    config: Config = None,
+    set_: Settings = None,
+    gateways: Annotated[int | None, typer.Option(help="Number of gateways.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Ranks of each gateway.")] = None,
+    expert_workers: Annotated[
+        int | None, typer.Option(help="0 runs the experts in the gateway's processes.")
+    ] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster that is there already.")
+    ] = None,
+) -> None:
+    """Run a cluster in the foreground; prints `ready HOST:PORT` when it serves."""
+    given = {
+        "model.path": model,
+        "gateways.count": gateways,
+        "gateways.tensor_parallel": tensor_parallel,
+        "experts.workers": expert_workers,
+        "front_doors.listen": listen,
+    }
+    serve_command(_configuration(config, set_, given), ray_address)
+
+
+@app.command()
+def demo(
+    *,
+    config: Config = None,
+    set_: Settings = None,
+    client: Annotated[
+        Path | None, typer.Option(help="A program to run against it, with --server HOST:PORT.")
+    ] = None,
+) -> None:
+    """Start a small cluster with the shipped model, ask it two things, and end it."""
+    given = {
+        "gateways.tensor_parallel": 2,
+        "experts.workers": 3,
+        "front_doors.listen": "127.0.0.1:0",
+    }
+    demo_command(_configuration(config, set_, given), client)
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        str | None, typer.Argument(help="One question; none for a dialogue.")
+    ] = None,
+    server: Server = _DEFAULT_SERVER,
+    system: Annotated[str, typer.Option(help="The system's instructions.")] = "",
+    thinking: Annotated[bool | None, typer.Option(help="Unset is the model's own way.")] = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model, one turn after the other."""
+    chat_command(server, message, system, thinking, Ask(temperature, max_tokens, seed))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Continued as it stands, without a chat template.")],
+    *,
+    server: Server = _DEFAULT_SERVER,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+) -> None:
+    """Continue a text."""
+    generate_command(server, prompt, Ask(temperature, max_tokens, seed))
+
+
+@app.command()
+def status(
+    *,
+    server: Server = _DEFAULT_SERVER,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the members of a cluster, its term and version, and the coverage of its experts."""
+    status_command(server, as_json=json)
+
+
+@app.command()
+def bench(
+    *,
+    server: Server = _DEFAULT_SERVER,
+    requests: Annotated[int, typer.Option(help="How many in all.")] = 64,
+    concurrency: Annotated[int, typer.Option(help="Closed loop: how many at once.")] = 8,
+    rate_per_s: Annotated[
+        float | None, typer.Option(help="Open loop: arrivals a second, whatever the answers do.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the random prompts.")] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of prompts, sampling and arrivals.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the report there as JSON.")] = None,
+) -> None:
+    """Load a cluster over gRPC and report latencies, tokens per second and errors."""
+    options = LoadOptions(
+        requests=requests, concurrency=concurrency, rate_per_s=rate_per_s,
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, seed=seed,
+    )  # fmt: skip
+    bench_command(server, options, json)
+
+
+@app.command()
+def check(
+    *,
+    model: Model = None,
+    config: Config = None,
+    set_: Settings = None,
+    parity: Annotated[
+        bool, typer.Option(help="Compare logits with transformers, where it is installed.")
+    ] = True,
+) -> None:
+    """Check a checkpoint and a configuration without starting anything; prints memory per role."""
+    check_command(_configuration(config, set_, {"model.path": model}), parity=parity)
+
+
+def run() -> int:
+    """Run the command line; returns the exit status. Expected errors are one line, not a trace."""
+    try:
+        app(standalone_mode=False)
+    except ExpertmeshError as error:
+        return _complain(str(error), 1)
+    except grpc.RpcError as error:
+        return _complain(f"{error.code().name}: {error.details()}", 1)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a mistake in the command line itself
+            return _complain(error.format_message(), 2)
+        raise
+    return 0
+
+
+def _configuration(
+    path: Path | None, settings: list[str] | None, given: dict[str, object]
+) -> ClusterConfig:
+    """Read the file, then the options that were given, then `--set`, each over what was before."""
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return load_config(path, [*options, *(settings or [])])
+
+
+def _complain(message: str, status: int) -> int:
+    typer.echo(f"expertmesh: {message}", err=True)
+    return status

@@ -1,0 +1,79 @@
+"""`expertmesh serve`: a cluster in the foreground."""
+
+import signal
+import sys
+import threading
+from collections import Counter
+from types import FrameType
+
+from rich.console import Console
+
+from cluster.config import ClusterConfig
+from cluster.control.controller import ClusterStatus
+from cluster.serving import serving
+from workers.clock import SystemClock
+
+_WATCH_S = 1.0
+
+
+class Stop(Exception):  # noqa: N818 - not an error: a signal's way out of whatever is waited for
+    """A signal asks the command to end."""
+
+
+class Signals:
+    """SIGINT and SIGTERM, turned into a `Stop` at the next wait."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, or raise Stop as soon as a signal has come."""
+        if self._asked.wait(seconds):
+            raise Stop
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            raise KeyboardInterrupt  # asked twice: the drain is cut short
+        self._asked.set()
+
+
+def serve_command(config: ClusterConfig, ray_address: str | None) -> None:
+    """Run until a signal comes; members are drained before the command returns."""
+    console = Console(stderr=True)
+    signals = Signals()
+    progress = Progress(console)
+    try:
+        with serving(
+            config,
+            clock=SystemClock(),
+            wait=signals.wait,
+            ray_address=ray_address,
+            progress=progress,
+        ) as cluster:
+            console.print(f"logs in {cluster.log_directory}", style="dim", highlight=False)
+            sys.stdout.write(f"ready {cluster.endpoint}\n")
+            sys.stdout.flush()
+            while True:
+                signals.wait(_WATCH_S)
+                if failure := cluster.status().failure:
+                    console.print(f"the cluster has a problem: {failure}", style="red")
+    except Stop:
+        console.print("drained and ended", style="dim")
+
+
+class Progress:
+    """Prints how far the members are, one line whenever something has changed."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = ""
+
+    def __call__(self, status: ClusterStatus) -> None:
+        """Show a status if it says something new."""
+        phases = Counter((m.member.role.value, m.phase) for m in status.members)
+        text = ", ".join(f"{n} {role} {phase}" for (role, phase), n in sorted(phases.items()))
+        if text and text != self._last:
+            self._last = text
+            self._console.print(text, style="dim", highlight=False)

@@ -1,0 +1,118 @@
+"""A cluster that lasts as long as a context: started, waited for, and drained at the end."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.app import CONTROLLER_NAME, ControllerBody, ModelFacts
+from cluster.config import ClusterConfig
+from cluster.control.controller import ClusterStatus
+from cluster.demo.path import demo_model_path
+from cluster.runtime import ControllerHandle, ray_session, start_controller
+from workers.clock import Clock
+from workers.errors import ExpertmeshError
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig
+from workers.model.verify import verify
+from workers.placement import Role
+
+_POLL_S = 0.2
+_STOP_MARGIN_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCluster:
+    """A cluster that serves."""
+
+    controller: ControllerHandle
+    endpoint: str
+    log_directory: str
+
+    def status(self) -> ClusterStatus:
+        """Return the controller's word on every member."""
+        status = self.controller.call("status")
+        assert isinstance(status, ClusterStatus)
+        return status
+
+
+def model_directory(config: ClusterConfig) -> Path:
+    """Return where the checkpoint lies; `demo` is the one that is shipped."""
+    return demo_model_path() if config.model.path == "demo" else Path(config.model.path)
+
+
+def model_facts(config: ClusterConfig) -> ModelFacts:
+    """Read and check a checkpoint before anything starts.
+
+    Raises:
+        CheckpointError: The model is unsupported, or tensors are missing, misshapen or truncated.
+        ConfigError: The tensor-parallel size does not fit the model.
+    """
+    directory = model_directory(config).resolve()
+    model = ModelConfig.load(directory)
+    model.check_tensor_parallel(config.gateways.tensor_parallel)
+    with Checkpoint(directory) as checkpoint:
+        verify(checkpoint, model)
+        return ModelFacts(
+            directory=str(directory),
+            name=config.model.name or directory.name,
+            num_layers=model.num_layers,
+            num_experts=model.num_experts,
+            weights_version=checkpoint.fingerprint,
+        )
+
+
+@contextlib.contextmanager
+def serving(
+    config: ClusterConfig,
+    *,
+    clock: Clock,
+    wait: Callable[[float], None],
+    ray_address: str | None = None,
+    progress: Callable[[ClusterStatus], None] = lambda _status: None,
+) -> Iterator[RunningCluster]:
+    """Run a cluster until the context ends; it is entered when the first request would succeed.
+
+    Args:
+        config: What to run.
+        clock: Measures the patience with the start.
+        wait: Sleeps that many seconds; what it raises ends the cluster (a signal's way in).
+        ray_address: A Ray cluster that is there already; None runs one on this machine.
+        progress: Called with the status while the members start.
+
+    Raises:
+        ExpertmeshError: The cluster did not come up; says which member failed and why.
+    """
+    model = model_facts(config)
+    num_gpus = int(
+        config.gateways.num_gpus * config.gateways.tensor_parallel * config.gateways.count
+        + config.experts.num_gpus * config.experts.workers
+    )
+    with ray_session(
+        ray_address, logs_to_console=config.telemetry.logs_to_console, num_gpus=num_gpus
+    ) as session:
+        controller = start_controller(ControllerBody, config, model, name=CONTROLLER_NAME)
+        try:
+            deadline_s = clock.now_s() + config.control.start_timeout_s
+            status = controller.call("status", timeout_s=config.control.start_timeout_s)
+            while not status.ready:
+                progress(status)
+                if status.failure or clock.now_s() > deadline_s:
+                    raise ExpertmeshError(
+                        status.failure
+                        or f"not ready after {config.control.start_timeout_s:g} s: "
+                        + "; ".join(status.reasons)
+                    )
+                wait(_POLL_S)
+                status = controller.call("status")
+            progress(status)
+            yield RunningCluster(controller, _endpoint(status), f"{session}/logs")
+        finally:
+            drain_s = config.front_doors.drain_s + _STOP_MARGIN_S
+            with contextlib.suppress(ExpertmeshError):  # it has ended: nothing is left to stop
+                controller.call("stop", drain_s, timeout_s=drain_s + _STOP_MARGIN_S)
+            controller.end()
+
+
+def _endpoint(status: ClusterStatus) -> str:
+    return status.view.with_role(Role.FRONT_DOOR)[0].endpoint

@@ -1,0 +1,27 @@
+"""A body for tests of the runtime: answers, raises, waits."""
+
+import os
+import threading
+
+
+class EchoBody:
+    def __init__(self, word: str) -> None:
+        self._word = word
+        self._ended = threading.Event()
+
+    def hold(self) -> None:
+        self._ended.wait()
+
+    def open(self) -> tuple[str, int]:
+        return self._word, os.getpid()
+
+    def fail(self) -> None:
+        raise ValueError("as asked")
+
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
+class UnbornBody:
+    def __init__(self) -> None:
+        raise ValueError("cannot be born")

@@ -1,0 +1,139 @@
+"""The contract of `Runtime`, kept by Ray and by the fake alike."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from cluster.config import ray_environment
+from cluster.control.ports import Died, ProcessId, ProcessSpec, Raised, Returned
+from tests.fake_runtime import FakeRuntime
+from workers.placement import MemberId, Role
+
+ONE = ProcessId(MemberId("one", 1))
+TWO = ProcessId(MemberId("two", 1))
+
+
+def spec(process=ONE, **more) -> ProcessSpec:
+    defaults = {"body": "tests.cluster.echo_body:EchoBody", "arguments": ("hello",)}
+    return ProcessSpec(id=process, role=Role.EXPERT_WORKER, **{**defaults, **more})
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    ray_environment()
+    from cluster.runtime import ray_session
+
+    with ray_session(None, logs_to_console=False, num_gpus=0) as logs:
+        yield logs
+
+
+@pytest.fixture(params=["fake", pytest.param("ray", marks=pytest.mark.ray)])
+def runtime(request):
+    if request.param == "fake":
+        fake = FakeRuntime()
+        fake.answers["open"] = lambda p: ("hello", 1)
+
+        def fail(_process):
+            raise ValueError("as asked")
+
+        fake.answers["fail"] = fail
+        yield fake
+        return
+    request.getfixturevalue("ray_cluster")
+    from cluster.runtime import RayRuntime
+
+    runtime = RayRuntime()
+    yield runtime
+    for process in (ONE, TWO):
+        runtime.kill(process)
+
+
+def events_until(runtime, count: int) -> list:
+    """Poll until so many events are in; each poll waits for the next with a deadline."""
+    events, deadline = [], time.perf_counter() + 30
+    while len(events) < count:
+        assert time.perf_counter() < deadline, f"only {events}"
+        events += runtime.poll()
+    return events
+
+
+def test_a_call_returns_its_value(runtime) -> None:
+    runtime.spawn(spec())
+    runtime.call(ONE, "open")
+
+    (event,) = events_until(runtime, 1)
+
+    assert isinstance(event, Returned)
+    assert (event.process, event.method, event.value[0]) == (ONE, "open", "hello")
+
+
+def test_an_error_in_a_call_leaves_the_process_alive(runtime) -> None:
+    runtime.spawn(spec())
+    runtime.call(ONE, "fail")
+    (event,) = events_until(runtime, 1)
+    assert isinstance(event, Raised)
+    assert "as asked" in event.error
+
+    runtime.call(ONE, "open")
+    (event,) = events_until(runtime, 1)
+    assert isinstance(event, Returned)
+
+
+def test_a_killed_process_is_reported_once_and_calls_to_it_vanish(runtime) -> None:
+    runtime.spawn(spec())
+    runtime.call(ONE, "open")
+    events_until(runtime, 1)
+
+    runtime.kill(ONE)
+    (event,) = events_until(runtime, 1)
+    assert isinstance(event, Died)
+    runtime.kill(ONE)
+    runtime.call(ONE, "open")
+
+    assert runtime.poll() == []
+
+
+@pytest.mark.ray
+def test_a_crash_is_noticed(ray_cluster) -> None:
+    from cluster.runtime import RayRuntime
+
+    runtime = RayRuntime()
+    runtime.spawn(spec(TWO))
+    runtime.call(TWO, "open")
+    (event,) = events_until(runtime, 1)
+
+    os.kill(event.value[1], signal.SIGKILL)
+
+    (event,) = events_until(runtime, 1)
+    assert isinstance(event, Died)
+    assert event.process == TWO
+
+
+@pytest.mark.ray
+def test_a_body_that_cannot_be_built_is_a_death_with_the_reason(ray_cluster) -> None:
+    from cluster.runtime import RayRuntime
+
+    runtime = RayRuntime()
+    runtime.spawn(spec(body="tests.cluster.echo_body:UnbornBody", arguments=()))
+
+    (event,) = events_until(runtime, 1)
+    assert isinstance(event, Died)
+    assert "cannot be born" in event.reason
+
+
+@pytest.mark.ray
+def test_a_gang_of_ranks_gets_its_environment(ray_cluster) -> None:
+    from cluster.runtime import RayRuntime
+
+    runtime = RayRuntime()
+    ranks = [ProcessId(MemberId("gang", 1), rank) for rank in range(2)]
+    for rank in ranks:
+        runtime.spawn(spec(rank, gang=("gang.1", 2), environment={"OMP_NUM_THREADS": "3"}))
+        runtime.call(rank, "environment", "OMP_NUM_THREADS")
+
+    assert [e.value for e in events_until(runtime, 2)] == ["3", "3"]
+    for rank in ranks:
+        runtime.kill(rank)
+    assert all(isinstance(e, Died) for e in events_until(runtime, 2))

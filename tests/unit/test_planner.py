@@ -1,0 +1,81 @@
+"""Placement: coverage, floor, distinct workers, no needless move."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.control.planner import place, slots_needed
+from workers.errors import PlacementError
+from workers.placement import ExpertId, MemberId, Placement
+
+
+def workers(*slots: int):
+    return {MemberId(f"w{i}", 1): s for i, s in enumerate(slots)}
+
+
+def empty(layers: int, experts: int) -> Placement:
+    return Placement("v", layers, experts)
+
+
+@settings(derandomize=True, max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 20), st.integers(1, 7), st.integers(1, 3))
+def test_every_expert_has_its_floor_on_distinct_workers(layers, experts, count, floor) -> None:
+    slots = slots_needed(layers, experts, count, floor)
+    crew = workers(*[slots] * count)
+
+    placement = place(empty(layers, experts), crew, floor=floor)
+
+    taken = set()
+    for layer in range(layers):
+        for expert in range(experts):
+            replicas = placement.of(layer, expert)
+            assert len(replicas) == len({r.worker for r in replicas}) == min(floor, count)
+            for replica in replicas:
+                assert 0 <= replica.slot < crew[replica.worker]
+                assert replica not in taken
+                taken.add(replica)
+
+
+def test_each_layer_is_spread_evenly() -> None:
+    placement = place(empty(4, 32), workers(60, 60, 60), floor=1)
+
+    for layer in range(4):
+        holders = [placement.of(layer, e)[0].worker for e in range(32)]
+        counts = [holders.count(w) for w in set(holders)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_what_is_placed_stays_when_a_worker_is_lost() -> None:
+    crew = workers(20, 20, 20)
+    before = place(empty(2, 12), crew, floor=1)
+    gone = MemberId("w1", 1)
+    crew.pop(gone)
+    crew[MemberId("w1", 2)] = 20
+
+    after = place(before, crew, floor=1, receiving={MemberId("w1", 2)})
+
+    for expert, replicas in before.replicas.items():
+        if replicas[0].worker != gone:
+            assert after.replicas[expert] == replicas
+        else:
+            assert after.replicas[expert][0].worker == MemberId("w1", 2)
+
+
+def test_too_few_slots_are_refused_with_the_numbers() -> None:
+    with pytest.raises(PlacementError, match="3 slots on 2 expert workers cannot hold the 4"):
+        place(empty(1, 4), workers(2, 1), floor=1)
+
+
+def test_first_copies_come_before_second_ones() -> None:
+    placement = place(empty(1, 4), workers(3, 3), floor=2)
+
+    assert all(placement.of(0, e) for e in range(4))
+    assert sum(len(r) for r in placement.replicas.values()) == 6
+
+
+def test_uncovered_names_the_experts_without_a_serving_replica() -> None:
+    crew = workers(4, 4)
+    placement = place(empty(1, 4), crew, floor=1)
+    lost = placement.uncovered([MemberId("w0", 1)])
+
+    assert [e for e in lost] == [ExpertId(0, 1), ExpertId(0, 3)]
