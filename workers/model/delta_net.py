@@ -1,0 +1,86 @@
+"""Gated DeltaNet: a linear-attention mixer with a recurrent state instead of keys and values.
+
+Shape legend: R padded rows, N rows, D hidden, C conv channels, VH / KH value and key heads of this
+rank, DK / DV their sizes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.model.config import ModelConfig
+from workers.model.kernels import Kernels
+from workers.model.layers import Linear, RmsNorm, normalize
+from workers.model.parameters import DeltaNetParameters
+from workers.model.step import StepPlan
+
+_L2_EPS = 1e-6  # of the norm of queries and keys, fixed by the architecture
+
+
+class GatedDeltaNet:
+    """One rank's heads of a linear layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: DeltaNetParameters,
+        kernels: Kernels,
+        *,
+        row_tile: int | None = None,
+    ) -> None:
+        p = parameters
+        self._kernels = kernels
+        self._key_size = config.linear_key_head_dim
+        self._value_size = config.linear_value_head_dim
+        heads = p.a_log.shape[0]
+        channels = p.qkv.shape[0]
+        values = heads * self._value_size
+        self._num_qk_channels = channels - values
+        self._project = Linear(p.qkv, p.z, p.b, p.a, row_tile=row_tile)
+        self._sizes = [channels, values, heads, heads]
+        self._out = Linear(p.out, row_tile=row_tile)
+        self._conv_KC = p.conv.view(channels, -1).t().contiguous()
+        self._dt_bias = p.dt_bias.float()
+        self._rate = -p.a_log.float().exp()
+        self._l2_floor = torch.tensor(_L2_EPS**0.5, device=p.qkv.device)
+        # The queries' scale DK^-0.5 is left out: the output norm cancels it but for its eps.
+        self._norm = RmsNorm(p.norm, config.rms_norm_eps * self._key_size, offset=0.0)
+
+    def forward(
+        self, h_RD: Tensor, plan: StepPlan, conv_SJC: Tensor, matrix_SHDD: Tensor
+    ) -> Tensor:
+        """Return this rank's part of the mixer's output [R, D]; advances the staged states."""
+        x_RC, z, b, a = self._project(h_RD).split(self._sizes, -1)
+        beta = b.float().sigmoid()
+        log_decay = F.softplus(a + self._dt_bias) * self._rate
+        n = plan.num_rows
+        y_RC = plan.pad(self._kernels.causal_conv(x_RC[:n], self._conv_KC, conv_SJC, plan))
+        qk_RC, v_RC = y_RC.split([self._num_qk_channels, x_RC.shape[1] - self._num_qk_channels], -1)
+        qk = normalize(qk_RC.unflatten(-1, (2, -1, self._key_size)), self._l2_floor)
+        v = v_RC.unflatten(-1, (-1, self._value_size))
+        o = plan.pad(self._delta_rule(qk[:n], v[:n], log_decay[:n], beta[:n], matrix_SHDD, plan))
+        gated = self._norm(o).mul_(F.silu(z.float()).view_as(o))
+        return self._out(gated.flatten(1).to(h_RD.dtype))
+
+    def _delta_rule(
+        self,
+        qk: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        matrix_SHDD: Tensor,
+        plan: StepPlan,
+    ) -> Tensor:
+        """Decoded rows by the recurrent kernel, prefill chunks by the chunked one."""
+        d = plan.num_decode
+        if not plan.chunks:
+            return self._kernels.recurrent_delta_rule(qk, v, log_decay, beta, matrix_SHDD, plan)
+        chunked = self._kernels.chunk_delta_rule(
+            qk[d:], v[d:], log_decay[d:], beta[d:], matrix_SHDD, plan
+        )
+        if not d:
+            return chunked
+        decoded = self._kernels.recurrent_delta_rule(
+            qk[:d], v[:d], log_decay[:d], beta[:d], matrix_SHDD[:d], plan
+        )
+        return torch.cat([decoded, chunked])

@@ -1,0 +1,92 @@
+"""Routed experts in numbered slots.
+
+Shape legend: R rows, D hidden, I expert width, P (row, expert) pairs, G groups of pairs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.dispatch.pairs import sum_pairs as sum_pairs
+from workers.model.layers import tiled_mm
+from workers.model.parameters import ExpertParameters
+
+
+class ExpertShard:
+    """The weights of some experts, each in one slot, and their SwiGLU.
+
+    Weights are kept as [in, out], which makes products of few rows faster on a CPU. With
+    `row_tile`, groups are computed in zero-padded tiles of that many rows, so that a row's result
+    does not depend on its company (bit-stable mode).
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        row_tile: int | None = None,
+    ) -> None:
+        self.num_slots = num_slots
+        self.row_tile = row_tile
+        gate_up = torch.zeros(
+            (num_slots, hidden_size, 2 * intermediate_size), dtype=dtype, device=device
+        )
+        down = torch.zeros((num_slots, intermediate_size, hidden_size), dtype=dtype, device=device)
+        self._gate_up = list(gate_up)
+        self._down = list(down)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return sum(w[0].numel() * w[0].element_size() for w in (self._gate_up, self._down))
+
+    def write(self, slot: int, parameters: ExpertParameters) -> None:
+        """Put an expert into a slot; nobody may be reading it."""
+        self._gate_up[slot].copy_(parameters.gate_up.t())
+        self._down[slot].copy_(parameters.down.t())
+
+    def forward(
+        self, x_RD: Tensor, rows_P: Tensor, slots: Sequence[int], offsets: Sequence[int]
+    ) -> Tensor:
+        """Compute every pair, unweighted.
+
+        Args:
+            x_RD: Rows in the weights' dtype.
+            rows_P: int64 row of each pair, sorted by group.
+            slots: Slot of each group.
+            offsets: Group g has the pairs offsets[g]:offsets[g + 1]; one more than there are slots.
+
+        Returns:
+            y_PD, in the order of the pairs.
+        """
+        sizes = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+        if not slots:
+            return x_RD.new_zeros(0, x_RD.shape[1])
+        groups = x_RD.index_select(0, rows_P).split(sizes)
+        if self.row_tile is not None:
+            return torch.cat([self._tiled(g, s) for g, s in zip(groups, slots, strict=True)])
+        gate_up = torch.cat(
+            [torch.mm(g, self._gate_up[s]) for g, s in zip(groups, slots, strict=True)]
+        )
+        hidden = swiglu(gate_up).split(sizes)
+        return torch.cat([torch.mm(h, self._down[s]) for h, s in zip(hidden, slots, strict=True)])
+
+    def _tiled(self, x_PD: Tensor, slot: int) -> Tensor:
+        """One group in tiles of a fixed number of rows, from the first product to the last."""
+        assert self.row_tile is not None
+        num_pairs = x_PD.shape[0]
+        padded = F.pad(x_PD, (0, 0, 0, -num_pairs % self.row_tile))
+        hidden = swiglu(tiled_mm(padded, self._gate_up[slot], self.row_tile))
+        return tiled_mm(hidden, self._down[slot], self.row_tile)[:num_pairs]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of [..., gate | up]."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
