@@ -6,10 +6,13 @@ ExpertmeshError
 ├── DuplicateRequestError    the request id is in flight (ALREADY_EXISTS)
 ├── OverloadedError          the queue is full; try again later (RESOURCE_EXHAUSTED)
 ├── DrainingError            this process takes no new work (UNAVAILABLE)
+├── UnavailableError         nothing that could serve it was there in time (UNAVAILABLE)
+├── UnauthenticatedError     the caller did not prove who it is (UNAUTHENTICATED)
 ├── RefusedError             an operation would break a promise, such as coverage (FAILED_PRECONDITION)
 ├── ConfigError              a setting is unknown, mistyped or impossible
 ├── CheckpointError          a checkpoint is unsupported, incomplete or damaged
 ├── PlacementError           an expert has no usable replica
+├── GatewayFailedError       the ranks of a gateway are gone or out of step; it must be replaced
 └── DispatchError            a message or link failed
     ├── LinkClosedError      the link is closed or broke
     └── DeadlineError        a wait ended by its deadline
@@ -61,6 +64,14 @@ class DrainingError(ExpertmeshError):
     """This process finishes what it has and takes no new work."""
 
 
+class UnavailableError(ExpertmeshError):
+    """Nothing that could serve the request was there in time; sending it again is safe."""
+
+
+class UnauthenticatedError(ExpertmeshError):
+    """The caller did not prove who it is."""
+
+
 class RefusedError(ExpertmeshError, ValueError):
     """The operation would break a promise of the cluster, such as the coverage of its experts."""
 
@@ -75,6 +86,10 @@ class CheckpointError(ExpertmeshError, ValueError):
 
 class PlacementError(ExpertmeshError):
     """An expert has no usable replica."""
+
+
+class GatewayFailedError(ExpertmeshError):
+    """A rank of this gateway is gone or out of step: the gateway must be replaced as a whole."""
 
 
 class DispatchError(ExpertmeshError):

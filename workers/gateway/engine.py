@@ -1,0 +1,332 @@
+"""One step at a time on rank 0: schedule, forward on all ranks, sample, commit, emit.
+
+A step is all or nothing for each sequence: tokens, states and counts change after the forward and
+the sampling of a whole batch have succeeded. A batch that fails is tried once more, then in
+halves, until what fails is alone: those sequences end with an error, the others never notice.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from workers.clock import Clock
+from workers.errors import (
+    DuplicateRequestError,
+    FieldViolation,
+    GatewayFailedError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from workers.gateway.lockstep import Leader
+from workers.gateway.scheduler import Scheduler, SchedulerOptions, Work
+from workers.gateway.sequence import Phase, Sequence
+from workers.model.batch import StepBatch
+from workers.model.sampler import Choice, SamplerState, sample, score
+from workers.types import FinishReason, GatewayStats, Request, TokenEvent, TokenLogprob
+
+RETRY_AFTER_S = 1.0  # what a client is told when the queue is full
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Limits on requests; at most `max_waiting` sequences wait that were never admitted."""
+
+    scheduler: SchedulerOptions
+    vocab_size: int
+    context_tokens: int
+    max_waiting: int
+
+
+@dataclass(slots=True)
+class _Counters:
+    steps: int = 0
+    step_s: float = 0.0
+    tokens_generated: int = 0
+    tokens_prefilled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a batch brought to one sequence."""
+
+    scores: list[TokenLogprob]
+    choice: Choice | None
+
+
+@dataclass(slots=True)
+class _Computed:
+    """What came of a batch: the events of what succeeded, and what failed on its own."""
+
+    events: list[TokenEvent] = field(default_factory=list)
+    failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
+
+
+class GatewayEngine:
+    """The requests of one gateway.
+
+    `step` belongs to one thread; everything else may be called from any, also while a step runs.
+    What is cancelled meanwhile frees its blocks when that step ends.
+    """
+
+    def __init__(self, options: EngineOptions, leader: Leader, clock: Clock) -> None:
+        self._options = options
+        self._leader = leader
+        self._clock = clock
+        self._lock = threading.Lock()  # over all below; never held during a forward
+        self._scheduler = Scheduler(options.scheduler)
+        self._requests: dict[str, list[Sequence]] = {}  # with unfinished sequences
+        self._samplers: dict[Sequence, SamplerState] = {}
+        self._ended: list[tuple[Sequence, FinishReason]] = []  # cancelled, or over when they came
+        self._num_submitted = 0
+        self._counters = _Counters()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._requests)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events come out of later steps.
+
+        Raises:
+            InvalidRequestError: The request breaks a limit of the model or of this gateway.
+            DuplicateRequestError: A request with this id is running.
+            OverloadedError: Too many sequences wait; never for a request that was begun elsewhere.
+        """
+        _check(request, self._options)
+        self._scheduler.check_fits(request)
+        with self._lock:
+            if request.request_id in self._requests:
+                raise DuplicateRequestError(f"request {request.request_id} is running here already")
+            waiting = self._scheduler.num_fresh + request.num_sequences
+            if waiting > self._options.max_waiting and not any(request.emitted):
+                raise OverloadedError(
+                    f"{self._scheduler.num_fresh} sequences wait, {self._options.max_waiting} may",
+                    RETRY_AFTER_S,
+                )
+            sequences = [
+                Sequence(request, index, self._num_submitted + index)
+                for index in range(request.num_sequences)
+            ]
+            self._num_submitted += len(sequences)
+            self._requests[request.request_id] = sequences
+            for sequence in sequences:
+                if sequence.finish is not None:
+                    self._ended.append((sequence, sequence.finish))
+                else:
+                    self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel what is unfinished of a request; nothing happens if there is nothing."""
+        with self._lock:
+            self._ended.extend(
+                (sequence, FinishReason.CANCELLED)
+                for sequence in self._requests.get(request_id, ())
+            )
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step and return what it brought, in order for each sequence.
+
+        Raises:
+            GatewayFailedError: A rank is gone or out of step, or several requests failed alike.
+        """
+        started_s = self._clock.now_s()
+        with self._lock:
+            events = self._reap()
+            work = self._scheduler.schedule()
+        if work:
+            computed = self._compute(work, retries=1)
+            requests = {sequence.request.request_id for sequence, _ in computed.failed}
+            if len(computed.failed) == len(work) and len(requests) > 1:
+                raise GatewayFailedError(f"all requests fail, at last: {computed.failed[-1][1]!r}")
+            with self._lock:
+                events += computed.events
+                events += [self._fail(sequence, error) for sequence, error in computed.failed]
+                events += self._reap()
+        self._counters.steps += 1
+        self._counters.step_s += self._clock.now_s() - started_s
+        return events
+
+    def stats(self) -> GatewayStats:
+        """Return load and counters of this engine; the dispatcher's counters are not in it."""
+        with self._lock:
+            scheduler, counters = self._scheduler, self._counters
+            return GatewayStats(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                kv_blocks_used=scheduler.kv.num_used,
+                kv_blocks_total=scheduler.kv.num_blocks,
+                state_blocks_used=scheduler.states.num_used,
+                state_blocks_total=scheduler.states.num_blocks,
+                steps=counters.steps,
+                tokens_generated=counters.tokens_generated,
+                tokens_prefilled=counters.tokens_prefilled,
+                preemptions=scheduler.num_preemptions,
+                step_s=counters.step_s,
+            )
+
+    def _compute(self, work: list[Work], *, retries: int) -> _Computed:
+        for attempts_left in range(retries, -1, -1):
+            try:
+                results = self._attempt(work)
+            except GatewayFailedError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a model or a dispatcher raises
+                if attempts_left == 0 and len(work) == 1:
+                    return _Computed(failed=[(work[0].sequence, error)])
+            else:
+                return _Computed(events=self._commit(work, results))
+        middle = len(work) // 2
+        first = self._compute(work[:middle], retries=0)
+        second = self._compute(work[middle:], retries=0)
+        return _Computed(first.events + second.events, first.failed + second.failed)
+
+    def _attempt(self, work: list[Work]) -> list[_Result]:
+        """Run one batch; its states are committed on return, and discarded when it raises."""
+        logits_RV = self._leader.compute(StepBatch(segments=tuple(w.segment for w in work)))
+        try:
+            results = self._read(work, logits_RV)
+        except Exception:
+            self._leader.discard()
+            raise
+        self._leader.commit()
+        return results
+
+    def _read(self, work: list[Work], logits_RV: Tensor) -> list[_Result]:
+        """Return the prompt scores and the chosen token of each sequence of a batch."""
+        scores: list[list[TokenLogprob]] = []
+        sampling_rows: list[int] = []
+        samplers: list[SamplerState] = []
+        end = 0
+        for w in work:
+            start, end = end, end + w.segment.num_logits
+            targets = w.sequence.scored_tokens(w.segment)
+            num_top = w.sequence.request.output.prompt_logprobs or 0
+            scores.append(score(logits_RV[start : start + len(targets)], targets, num_top))
+            if w.sequence.samples(w.segment):
+                sampling_rows.append(end - 1)
+                samplers.append(self._sampler(w.sequence))
+        if len(sampling_rows) != logits_RV.shape[0]:
+            logits_RV = logits_RV[sampling_rows]
+        choices = iter(sample(logits_RV, samplers))
+        chosen = [next(choices) if w.sequence.samples(w.segment) else None for w in work]
+        return [_Result(*result) for result in zip(scores, chosen, strict=True)]
+
+    def _sampler(self, sequence: Sequence) -> SamplerState:
+        if sequence not in self._samplers:
+            completion = sequence.tokens[sequence.num_prompt :]
+            self._samplers[sequence] = SamplerState(sequence.request, sequence.index, completion)
+        return self._samplers[sequence]
+
+    def _commit(self, work: list[Work], results: list[_Result]) -> list[TokenEvent]:
+        with self._lock:
+            events = [self._advance(w, r) for w, r in zip(work, results, strict=True)]
+        return [event for event in events if event is not None]
+
+    def _advance(self, work: Work, result: _Result) -> TokenEvent | None:
+        sequence, choice = work.sequence, result.choice
+        first_index = sequence.num_completion
+        if sequence.phase is Phase.PREFILLING:
+            self._counters.tokens_prefilled += len(work.segment.token_ids)
+        reason = sequence.commit(work.segment, result.scores, choice.token_id if choice else None)
+        if choice is None:
+            return None
+        self._counters.tokens_generated += 1
+        self._samplers[sequence].append(choice.token_id)
+        if reason is not None:
+            self._end(sequence, reason)
+        is_first = first_index == 0 and sequence.prompt_logprobs is not None
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            sequence_index=sequence.index,
+            assignment=sequence.request.assignment,
+            first_token_index=first_index,
+            token_ids=(choice.token_id,),
+            logprobs=() if choice.logprob is None else (choice.logprob,),
+            prompt_logprobs=tuple(sequence.prompt_logprobs or ()) if is_first else (),
+            finish=reason,
+            stop_token_id=choice.token_id if reason is FinishReason.STOP else None,
+        )
+
+    def _reap(self) -> list[TokenEvent]:
+        """End what was cancelled, and what was resumed with all its tokens there already."""
+        events = []
+        for sequence, reason in self._ended:
+            if sequence not in self._requests.get(sequence.request.request_id, ()):
+                continue  # it ended by itself, or was cancelled twice
+            if sequence.finish is None:
+                self._end(sequence, reason)
+            else:
+                self._forget(sequence)
+            events.append(_last_event(sequence, reason))
+        self._ended.clear()
+        return events
+
+    def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
+        self._end(sequence, FinishReason.ERROR)
+        return _last_event(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.finish(sequence, reason)
+        self._samplers.pop(sequence, None)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Drop the request when none of its sequences is left."""
+        request_id = sequence.request.request_id
+        left = [s for s in self._requests[request_id] if s is not sequence]
+        if left:
+            self._requests[request_id] = left
+        else:
+            del self._requests[request_id]
+
+
+def _last_event(sequence: Sequence, reason: FinishReason, error: str = "") -> TokenEvent:
+    """Return the event of a sequence that ends without a further token."""
+    return TokenEvent(
+        request_id=sequence.request.request_id,
+        sequence_index=sequence.index,
+        assignment=sequence.request.assignment,
+        first_token_index=sequence.num_completion,
+        token_ids=(),
+        finish=reason,
+        stop_token_id=sequence.tokens[-1] if reason is FinishReason.STOP else None,
+        error=error,
+    )
+
+
+def _check(request: Request, options: EngineOptions) -> None:
+    """Refuse what the model cannot compute, naming each wrong field."""
+    vocab_size = options.vocab_size
+    stopping, num_prompt = request.stopping, len(request.prompt_token_ids)
+    known = range(vocab_size)
+    tokens_by_field = {
+        "prompt": request.prompt_token_ids,
+        "resume_from": tuple(t for tokens in request.emitted for t in tokens),
+        "sampling.logit_bias": tuple(t for t, _ in request.sampling.logit_bias),
+        "stopping.stop_token_ids": tuple(stopping.ending_ids),
+    }
+    violations = [
+        FieldViolation(name, f"token ids must be in 0 to {vocab_size - 1}")
+        for name, tokens in tokens_by_field.items()
+        if any(token not in known for token in tokens)
+    ]
+    if num_prompt == 0:
+        violations.append(FieldViolation("prompt", "must hold at least one token"))
+    if stopping.max_tokens < 1:
+        violations.append(FieldViolation("stopping.max_tokens", "must be at least 1"))
+    if num_prompt + stopping.max_tokens > options.context_tokens:
+        violations.append(
+            FieldViolation(
+                "stopping.max_tokens",
+                f"{num_prompt} prompt tokens and {stopping.max_tokens} new ones exceed the "
+                f"context of {options.context_tokens}",
+            )
+        )
+    if request.num_sequences < 1:
+        violations.append(FieldViolation("sampling.num_sequences", "must be at least 1"))
+    if request.emitted and len(request.emitted) != request.num_sequences:
+        violations.append(FieldViolation("resume_from", "must have one entry for each sequence"))
+    if violations:
+        raise InvalidRequestError(*violations)
