@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-DEMO_MODEL_NAME = "demo"
-
 
 def demo_model_path() -> Path:
     """Return the directory that holds the demo model's checkpoint, tokenizer and chat template.

@@ -66,7 +66,8 @@ def delta_rule(  # noqa: PLR0917 - the library's own signature
     shapes and result as the transformers function that it stands in for during training; about
     twice as fast on CPU.
     """
-    assert initial_state is None and not output_final_state  # training runs from zero
+    assert initial_state is None
+    assert not output_final_state
     del chunk_size  # its own is used
     size, kind = 32, query.dtype
     batch, length, key_heads, key_dim = key.shape
