@@ -171,7 +171,7 @@ class ControllerBody:
                     self._controller.tick()
                     if self._controller.stopped:
                         self._ended.set()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, the process must not survive it
             structlog.get_logger("controller").exception("the controller's loop broke")
             os._exit(1)  # a process that answers while its loop is dead would look healthy
 

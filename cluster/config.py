@@ -80,6 +80,10 @@ class FrontDoorSection(ProcessSection):
     """HOST:PORT; port 0 takes a free one. Further front doors take free ports."""
     max_requests: PositiveCount = 1024
     """Requests in flight before new ones are refused."""
+    max_waiting: PositiveCount = 256
+    """Those of them without a token yet."""
+    gateway_wait_s: Seconds = 60.0
+    """How long a request waits when no gateway can take it."""
     max_message_bytes: PositiveCount = 16 * 2**20
     drain_s: Seconds = 30.0
 
@@ -112,7 +116,7 @@ class TelemetrySection(_Section):
     """Forward every process's log to the command's standard error."""
     metrics_host: str = "127.0.0.1"
     metrics_port: Count = 0
-    """Port of the first front door's /metrics; 0 takes a free one. Other processes take free ones."""
+    """Port of the first front door's page; 0 takes a free one, as all other processes do."""
 
 
 class ClusterConfig(_Section):
@@ -211,6 +215,7 @@ def _keys_of(path: tuple[str | int, ...]) -> list[str]:
     section: type[BaseModel] = ClusterConfig
     for part in path:
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         section = annotation
     return list(section.model_fields)

@@ -152,36 +152,63 @@ class ViewGauges:
 
 
 class FrontDoorInstruments:
-    """What the front door counts and times."""
+    """What the front door counts and times; fits `cluster.frontdoor.metrics.FrontDoorMetrics`."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "expertmesh_requests",
-            "Requests that ended, by method and gRPC status.",
-            ["method", "code"],
-            registry=registry,
+    def __init__(self, registry: CollectorRegistry, member: str) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, ["member", *labels], registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["member"], registry=registry).labels(member)
+
+        def latency(name: str, text: str) -> Histogram:
+            return Histogram(
+                name, text, ["member"], buckets=_LATENCY_BUCKETS_S, registry=registry
+            ).labels(member)
+
+        self._member = member
+        self._requests = counter(
+            "expertmesh_requests", "Calls that ended, by method and gRPC status.", "method", "code"
         )
-        self.first_token_s = Histogram(
-            "expertmesh_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
+        self._prompt_tokens = counter(
+            "expertmesh_prompt_tokens", "Prompt tokens of admitted requests."
+        ).labels(member)
+        self._completion_tokens = counter(
+            "expertmesh_completion_tokens", "Tokens delivered to clients."
+        ).labels(member)
+        self._first_token_s = latency(
+            "expertmesh_time_to_first_token_seconds", "From a request's arrival to its first token."
         )
-        self.token_gap_s = Histogram(
-            "expertmesh_token_gap_seconds",
-            "Between two messages of tokens of one sequence.",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
+        self._token_gap_s = latency(
+            "expertmesh_token_gap_seconds", "Between two deliveries of tokens of one sequence."
         )
-        self.in_flight = Gauge(
-            "expertmesh_requests_in_flight", "Requests admitted and not ended.", registry=registry
+        self._in_flight = gauge("expertmesh_requests_in_flight", "Requests admitted and not ended.")
+        self._waiting = gauge(
+            "expertmesh_requests_waiting", "Requests admitted and without a token yet."
         )
-        self.prompt_tokens = Counter(
-            "expertmesh_prompt_tokens", "Prompt tokens of admitted requests.", registry=registry
-        )
-        self.completion_tokens = Counter(
-            "expertmesh_completion_tokens", "Tokens delivered to clients.", registry=registry
-        )
+
+    def load_changed(self, in_flight: int, waiting: int) -> None:
+        """Note the requests in flight, and those of them without a token."""
+        self._in_flight.set(in_flight)
+        self._waiting.set(waiting)
+
+    def request_admitted(self, prompt_tokens: int) -> None:
+        """Note a request that passed admission."""
+        self._prompt_tokens.inc(prompt_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """Note the time from a request's arrival to its first token."""
+        self._first_token_s.observe(seconds)
+
+    def tokens(self, count: int, gap_s: float | None) -> None:
+        """Note delivered tokens, and the time since those before."""
+        self._completion_tokens.inc(count)
+        if gap_s is not None:
+            self._token_gap_s.observe(gap_s)
+
+    def request_ended(self, method: str, code: str) -> None:
+        """Note the end of a call."""
+        self._requests.labels(self._member, method, code).inc()
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> str:

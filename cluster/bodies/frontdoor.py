@@ -5,6 +5,7 @@ import os
 from cluster.bodies.process import LoopThread, Process
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
+from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.server import FrontDoor
 from cluster.runtime import node_name
@@ -28,12 +29,20 @@ class FrontDoorBody(Process):
         self._loop = LoopThread()
         self._door = FrontDoor(
             FrontDoorOptions(
+                name=str(member),
                 listen=listen,
                 max_requests=config.front_doors.max_requests,
                 max_message_bytes=config.front_doors.max_message_bytes,
+                max_waiting=config.front_doors.max_waiting,
+                gateway_wait_s=config.front_doors.gateway_wait_s,
+                experts_in_gateway=config.experts.workers == 0,
             ),
-            ModelInfo.load(model_dir, name=config.model.name),
-            metrics=FrontDoorInstruments(self.registry),
+            ModelInfo.load(
+                model_dir,
+                name=config.model.name,
+                context_tokens=config.gateways.context_tokens,
+            ),
+            metrics=FrontDoorInstruments(self.registry, str(member)),
         )
 
     def open(self) -> Opened:
@@ -47,7 +56,7 @@ class FrontDoorBody(Process):
 
     def adopt(self, view: View) -> None:
         """Take a newer View and connect to its gateways."""
-        self._loop.run(_called(self._door.adopt, view), timeout_s=30.0)
+        self._loop.call(self._door.adopt, view, timeout_s=30.0)
         self.note(view)
 
     def pulse(self) -> Pulse:

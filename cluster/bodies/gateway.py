@@ -11,6 +11,7 @@ from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import GatewayEndpoint
 from cluster.runtime import node_address, node_name
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
+from workers.dispatch.options import DispatchOptions
 from workers.mesh import Rendezvous
 from workers.placement import MemberId, Role, View
 

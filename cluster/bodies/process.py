@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
@@ -61,3 +61,13 @@ class LoopThread:
     def run(self, work: Coroutine[Any, Any, _Result], *, timeout_s: float) -> _Result:
         """Run a coroutine on the loop and wait; raises TimeoutError."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def call(
+        self, function: Callable[..., _Result], *arguments: object, timeout_s: float
+    ) -> _Result:
+        """Call a function on the loop and wait; raises TimeoutError."""
+
+        async def called() -> _Result:
+            return function(*arguments)
+
+        return self.run(called(), timeout_s=timeout_s)

@@ -1,4 +1,4 @@
-"""`expertmesh bench`: load over gRPC, in a closed loop (so many at once) or an open one (arrivals)."""
+"""`expertmesh bench`: load over gRPC, in a closed loop (so many at once) or an open one."""
 
 import asyncio
 import platform

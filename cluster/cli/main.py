@@ -1,4 +1,7 @@
-"""The commands of `expertmesh` and their options."""
+"""The commands of `expertmesh` and their options.
+
+What needs torch or Ray is imported by the commands that use it: the others answer at once.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +10,6 @@ import grpc
 import typer
 
 from cluster.cli.bench import LoadOptions, bench_command
-from cluster.cli.check import check_command
-from cluster.cli.demo import demo_command
-from cluster.cli.serve import serve_command
 from cluster.cli.status import status_command
 from cluster.cli.talk import Ask, chat_command, generate_command
 from cluster.config import ClusterConfig, load_config
@@ -59,6 +59,8 @@ def serve(
         "experts.workers": expert_workers,
         "front_doors.listen": listen,
     }
+    from cluster.cli.serve import serve_command
+
     serve_command(_configuration(config, set_, given), ray_address)
 
 
@@ -72,6 +74,8 @@ def demo(
     ] = None,
 ) -> None:
     """Start a small cluster with the shipped model, ask it two things, and end it."""
+    from cluster.cli.demo import demo_command
+
     given = {
         "gateways.tensor_parallel": 2,
         "experts.workers": 3,
@@ -85,6 +89,7 @@ def chat(
     message: Annotated[
         str | None, typer.Argument(help="One question; none for a dialogue.")
     ] = None,
+    *,
     server: Server = _DEFAULT_SERVER,
     system: Annotated[str, typer.Option(help="The system's instructions.")] = "",
     thinking: Annotated[bool | None, typer.Option(help="Unset is the model's own way.")] = None,
@@ -152,6 +157,8 @@ def check(
     ] = True,
 ) -> None:
     """Check a checkpoint and a configuration without starting anything; prints memory per role."""
+    from cluster.cli.check import check_command
+
     check_command(_configuration(config, set_, {"model.path": model}), parity=parity)
 
 
