@@ -30,30 +30,31 @@ class GatedAttention:
         p, size, rotary = parameters, config.head_dim, config.rotary_dim
         self._kernels = kernels
         self._size = size
-        q_gate = p.q_gate.unflatten(0, (-1, 2, size))
+        q_gate = p.q_gate.view(-1, 2, size, config.hidden_size)
         q, gate = q_gate[:, 0].flatten(0, 1), q_gate[:, 1].flatten(0, 1)
-        self._heads, self._kv_heads = q.shape[0] // size, p.k.shape[0] // size
+        heads, kv_heads = q.shape[0] // size, p.k.shape[0] // size
+        self._qk_heads = [heads, kv_heads]
         self._project = Linear(
-            pair_rows(q, self._heads, rotary),
-            pair_rows(p.k, self._kv_heads, rotary),
+            pair_rows(q, heads, rotary),
+            pair_rows(p.k, kv_heads, rotary),
             p.v,
             gate,
             row_tile=row_tile,
         )
-        self._sizes = [(self._heads + self._kv_heads) * size, p.v.shape[0], gate.shape[0]]
-        q_norm = pair_rows(p.q_norm[:, None], 1, rotary).t().expand(self._heads, -1)
-        k_norm = pair_rows(p.k_norm[:, None], 1, rotary).t().expand(self._kv_heads, -1)
+        self._sizes = [(heads + kv_heads) * size, p.v.shape[0], gate.shape[0]]
+        q_norm = pair_rows(p.q_norm[:, None], 1, rotary).t().expand(heads, -1)
+        k_norm = pair_rows(p.k_norm[:, None], 1, rotary).t().expand(kv_heads, -1)
         self._norm = RmsNorm(torch.cat([q_norm, k_norm]), config.rms_norm_eps)
         self._out = Linear(p.o, row_tile=row_tile)
 
-    def forward(self, h_RD: Tensor, plan: StepPlan, kv: Tensor, prepared: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, h_RD: Tensor, plan: StepPlan, step: Any, kv: Tensor) -> Tensor:  # noqa: ANN401
         """Return this rank's part of the output [R, D]; writes the rows' keys and values."""
-        qk, v, gate = self._project(h_RD).split(self._sizes, -1)
-        qk_RHE = self._norm(qk.unflatten(-1, (-1, self._size)))
+        qk, v, gate = self._project(h_RD).split_with_sizes(self._sizes, -1)
+        qk_RHE = self._norm(qk.view(h_RD.shape[0], -1, self._size))
         rotate_(qk_RHE, plan.rotations_R1F)
-        q, k = qk_RHE[: plan.num_rows].to(h_RD.dtype).split([self._heads, self._kv_heads], 1)
+        q, k = qk_RHE[: plan.num_rows].to(h_RD.dtype).split_with_sizes(self._qk_heads, 1)
         slots = kv.flatten(0, 1)
         slots[:, 0].index_copy_(0, plan.kv_slots_N, k)
         slots[:, 1].index_copy_(0, plan.kv_slots_N, v[: plan.num_rows].view_as(k))
-        y = plan.pad(self._kernels.attention(q, kv, plan, prepared)).flatten(1)
+        y = plan.pad(self._kernels.attention(q, kv, step)).flatten(1)
         return self._out(y * gate.sigmoid())

@@ -76,6 +76,7 @@ class SequenceCache:
     ) -> None:
         self.rank = rank
         self.block_tokens = block_tokens
+        self.conv_window = config.linear_conv_kernel - 1
         num_full = config.layer_types.count(LayerType.FULL)
         num_linear = config.num_layers - num_full
         heads = kv_heads_per_rank(config, tp_size)
@@ -104,7 +105,7 @@ class SequenceCache:
             ),
             device=device,
         )
-        self._kv_layers = list(self._kv)
+        self._kv_layers: list[Tensor] = list(self._kv)
         self._staged: list[StagedStates] = []
 
     @property

@@ -39,8 +39,8 @@ from workers.model.step import StepOptions, StepPlan, plan_step
 class DecoderOptions:
     """How a step is computed.
 
-    `bit_stable`: a row's result does not depend on its company or on where its experts live; slower.
-    `micro_batches`: parts of a step that overlap, at most 2 useful; 1 where nothing overlaps.
+    With `bit_stable` a row's result does not depend on its company or on where its experts live;
+    slower. `micro_batches` are the parts of a step that overlap: 2, or 1 where nothing overlaps.
     """
 
     bit_stable: bool = False
@@ -117,7 +117,7 @@ class Decoder:
             plan=plan,
             cache=cache,
             staged=staged,
-            prepared=self._kernels.prepare(plan, cache.block_tokens),
+            step=self._kernels.prepare(plan, cache),
             # All ranks; ends by the group's deadline.
             x_SD=self._group.reduce_scatter_rows(self._embed(plan.token_ids_R)),
             batch_rows=[first_row + row for row in plan.batch_rows_N[plan.own]],
@@ -130,17 +130,19 @@ class Decoder:
         h_RD = self._group.all_gather_rows(h_SD)  # all ranks; ends by the group's deadline
         if isinstance(layer.mixer, GatedAttention):
             kv = flow.cache.kv(layer.kind_index)
-            y_RD = layer.mixer.forward(h_RD, flow.plan, kv, flow.prepared)
+            y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, kv)
         else:
             conv, matrix = flow.staged.conv[layer.kind_index], flow.staged.matrix[layer.kind_index]
-            y_RD = layer.mixer.forward(h_RD, flow.plan, conv, matrix)
+            y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, conv, matrix)
         # All ranks; ends by the group's deadline.
         flow.x_SD = flow.x_SD + self._group.reduce_scatter_rows(y_RD)
 
     def _dispatch(self, layer: "_Layer", flow: "_Flow") -> None:
         """Send own rows to their experts; the shared expert computes during the round trip."""
         h_SD = layer.post_norm(flow.x_SD).to(self._dtype)
-        logits_SE, gate_up, shared_gate = layer.moe.project(h_SD).split(layer.moe.sizes, -1)
+        logits_SE, gate_up, shared_gate = layer.moe.project(h_SD).split_with_sizes(
+            layer.moe.sizes, -1
+        )
         n = flow.plan.num_own
         if n:
             expert_ids_TK, weights_TK = layer.moe.gate(logits_SE[:n])
@@ -195,7 +197,7 @@ class _Flow:
     plan: StepPlan
     cache: SequenceCache
     staged: StagedStates
-    prepared: Any
+    step: Any
     x_SD: Tensor
     batch_rows: list[int]
     handle: DispatchHandle | None = None

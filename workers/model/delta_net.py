@@ -4,11 +4,14 @@ Shape legend: R padded rows, N rows, D hidden, C conv channels, VH / KH value an
 rank, DK / DV their sizes.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from workers.model.config import ModelConfig
+from workers.model.delta_inputs import DeltaInputs
 from workers.model.kernels import Kernels
 from workers.model.layers import Linear, RmsNorm, normalize
 from workers.model.parameters import DeltaNetParameters
@@ -35,7 +38,7 @@ class GatedDeltaNet:
         heads = p.a_log.shape[0]
         channels = p.qkv.shape[0]
         values = heads * self._value_size
-        self._num_qk_channels = channels - values
+        self._qk_v_sizes = [channels - values, values]
         self._project = Linear(p.qkv, p.z, p.b, p.a, row_tile=row_tile)
         self._sizes = [channels, values, heads, heads]
         self._out = Linear(p.out, row_tile=row_tile)
@@ -47,40 +50,43 @@ class GatedDeltaNet:
         self._norm = RmsNorm(p.norm, config.rms_norm_eps * self._key_size, offset=0.0)
 
     def forward(
-        self, h_RD: Tensor, plan: StepPlan, conv_SJC: Tensor, matrix_SHDD: Tensor
+        self,
+        h_RD: Tensor,
+        plan: StepPlan,
+        step: Any,  # noqa: ANN401 - what the kernels made of the plan
+        conv_SJC: Tensor,
+        matrix_SHDD: Tensor,
     ) -> Tensor:
         """Return this rank's part of the mixer's output [R, D]; advances the staged states."""
-        x_RC, z, b, a = self._project(h_RD).split(self._sizes, -1)
+        x_RC, z, b, a = self._project(h_RD).split_with_sizes(self._sizes, -1)
         beta = b.float().sigmoid()
-        log_decay = F.softplus(a + self._dt_bias) * self._rate
+        log_decay = functional.softplus(a + self._dt_bias) * self._rate
         n = plan.num_rows
-        y_RC = plan.pad(self._kernels.causal_conv(x_RC[:n], self._conv_KC, conv_SJC, plan))
-        qk_RC, v_RC = y_RC.split([self._num_qk_channels, x_RC.shape[1] - self._num_qk_channels], -1)
-        qk = normalize(qk_RC.unflatten(-1, (2, -1, self._key_size)), self._l2_floor)
-        v = v_RC.unflatten(-1, (-1, self._value_size))
-        o = plan.pad(self._delta_rule(qk[:n], v[:n], log_decay[:n], beta[:n], matrix_SHDD, plan))
-        gated = self._norm(o).mul_(F.silu(z.float()).view_as(o))
+        y_RC = plan.pad(self._kernels.causal_conv(x_RC[:n], self._conv_KC, conv_SJC, step))
+        qk_RC, v_RC = y_RC.split_with_sizes(self._qk_v_sizes, -1)
+        num_rows = y_RC.shape[0]
+        qk = normalize(qk_RC.view(num_rows, 2, -1, self._key_size), self._l2_floor)
+        v = v_RC.view(num_rows, -1, self._value_size)
+        inputs = DeltaInputs(qk=qk, v=v, log_decay=log_decay, beta=beta)
+        o = plan.pad(self._delta_rule(inputs, plan, step, matrix_SHDD))
+        gated = self._norm(o).mul_(functional.silu(z.float()).view_as(o))
         return self._out(gated.flatten(1).to(h_RD.dtype))
 
     def _delta_rule(
         self,
-        qk: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        matrix_SHDD: Tensor,
+        inputs: DeltaInputs,
         plan: StepPlan,
+        step: Any,  # noqa: ANN401
+        matrix_SHDD: Tensor,
     ) -> Tensor:
-        """Decoded rows by the recurrent kernel, prefill chunks by the chunked one."""
-        d = plan.num_decode
+        """Decoded rows by the recurrent kernel, prefill chunks by the chunked one; [N, VH, DV]."""
+        decoded, chunked = slice(0, plan.num_decode), slice(plan.num_decode, plan.num_rows)
         if not plan.chunks:
-            return self._kernels.recurrent_delta_rule(qk, v, log_decay, beta, matrix_SHDD, plan)
-        chunked = self._kernels.chunk_delta_rule(
-            qk[d:], v[d:], log_decay[d:], beta[d:], matrix_SHDD, plan
-        )
-        if not d:
-            return chunked
-        decoded = self._kernels.recurrent_delta_rule(
-            qk[:d], v[:d], log_decay[:d], beta[:d], matrix_SHDD[:d], plan
-        )
-        return torch.cat([decoded, chunked])
+            rows = inputs.rows(decoded)
+            return self._kernels.recurrent_delta_rule(rows, matrix_SHDD, step)
+        o = self._kernels.chunk_delta_rule(inputs.rows(chunked), matrix_SHDD, step)
+        if not plan.num_decode:
+            return o
+        rows = inputs.rows(decoded)
+        decoded_o = self._kernels.recurrent_delta_rule(rows, matrix_SHDD[decoded], step)
+        return torch.cat([decoded_o, o])

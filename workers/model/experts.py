@@ -4,12 +4,12 @@ Shape legend: R rows, D hidden, I expert width, P (row, expert) pairs, G groups 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
-from workers.dispatch.pairs import sum_pairs as sum_pairs
 from workers.model.layers import tiled_mm
 from workers.model.parameters import ExpertParameters
 
@@ -65,23 +65,23 @@ class ExpertShard:
         Returns:
             y_PD, in the order of the pairs.
         """
-        sizes = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+        sizes = [end - start for start, end in pairwise(offsets)]
         if not slots:
             return x_RD.new_zeros(0, x_RD.shape[1])
-        groups = x_RD.index_select(0, rows_P).split(sizes)
+        groups = x_RD.index_select(0, rows_P).split_with_sizes(sizes)
         if self.row_tile is not None:
             return torch.cat([self._tiled(g, s) for g, s in zip(groups, slots, strict=True)])
         gate_up = torch.cat(
             [torch.mm(g, self._gate_up[s]) for g, s in zip(groups, slots, strict=True)]
         )
-        hidden = swiglu(gate_up).split(sizes)
+        hidden = swiglu(gate_up).split_with_sizes(sizes)
         return torch.cat([torch.mm(h, self._down[s]) for h, s in zip(hidden, slots, strict=True)])
 
     def _tiled(self, x_PD: Tensor, slot: int) -> Tensor:
         """One group in tiles of a fixed number of rows, from the first product to the last."""
         assert self.row_tile is not None
         num_pairs = x_PD.shape[0]
-        padded = F.pad(x_PD, (0, 0, 0, -num_pairs % self.row_tile))
+        padded = functional.pad(x_PD, (0, 0, 0, -num_pairs % self.row_tile))
         hidden = swiglu(tiled_mm(padded, self._gate_up[slot], self.row_tile))
         return tiled_mm(hidden, self._down[slot], self.row_tile)[:num_pairs]
 
@@ -89,4 +89,4 @@ class ExpertShard:
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up of [..., gate | up]."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+    return functional.silu(gate).mul_(up)

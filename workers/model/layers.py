@@ -4,8 +4,8 @@ Shape legend: R rows, D features in, O features out, T tokens, V vocabulary rows
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 ROW_TILE = 16
 """Rows of a matrix product in bit-stable mode: zero padded, so that a row's result does not depend
@@ -33,10 +33,12 @@ class Linear:
 def tiled_mm(x_RD: Tensor, weight_DO: Tensor, row_tile: int) -> Tensor:
     """Multiply in products of exactly `row_tile` rows, the last one padded with zeros."""
     num_rows = x_RD.shape[0]
-    padded = F.pad(x_RD, (0, 0, 0, -num_rows % row_tile))
+    padded = functional.pad(x_RD, (0, 0, 0, -num_rows % row_tile))
     if not num_rows:
         return torch.mm(padded, weight_DO)
-    return torch.cat([torch.mm(tile, weight_DO) for tile in padded.split(row_tile)])[:num_rows]
+    return torch.cat(
+        [torch.mm(tile, weight_DO) for tile in torch.chunk(padded, padded.shape[0] // row_tile)]
+    )[:num_rows]
 
 
 class RmsNorm:

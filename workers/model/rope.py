@@ -37,8 +37,9 @@ class RotaryEmbedding:
 
 def rotate_(x_RHC: Tensor, rotations_R1F: Tensor) -> None:
     """Rotate the leading dimensions of float32 heads in place; pairs lie next to each other."""
-    rotated_RHF = x_RHC[..., : 2 * rotations_R1F.shape[-1]].unflatten(-1, (-1, 2))
-    torch.view_as_complex(rotated_RHF).mul_(rotations_R1F)
+    num_rows, num_heads, _ = x_RHC.shape
+    rotary = x_RHC[..., : 2 * rotations_R1F.shape[-1]].view(num_rows, num_heads, -1, 2)
+    torch.view_as_complex(rotary).mul_(rotations_R1F)
 
 
 def pair_rows(weight_RD: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
@@ -47,8 +48,9 @@ def pair_rows(weight_RD: Tensor, num_heads: int, rotary_dim: int) -> Tensor:
     Published heads pair dimension j with j + rotary_dim / 2. Queries and keys are reordered alike,
     which leaves their products as they are.
     """
-    heads = weight_RD.unflatten(0, (num_heads, -1))
-    rotary = heads[:, :rotary_dim].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    heads = weight_RD.reshape(num_heads, -1, weight_RD.shape[1])
+    pairs = heads[:, :rotary_dim].reshape(num_heads, 2, -1, weight_RD.shape[1])
+    rotary = pairs.transpose(1, 2).flatten(1, 2)
     return torch.cat([rotary, heads[:, rotary_dim:]], 1).flatten(0, 1)
 
 

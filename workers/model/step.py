@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from workers.model.batch import Segment
 from workers.model.layers import ROW_TILE
@@ -73,7 +73,7 @@ class StepPlan:
     def pad(self, x_N: Tensor) -> Tensor:
         """Append zero rows up to `num_padded`."""
         missing = self.num_padded - x_N.shape[0]
-        return F.pad(x_N, (0, 0) * (x_N.dim() - 1) + (0, missing)) if missing else x_N
+        return functional.pad(x_N, (0, 0) * (x_N.dim() - 1) + (0, missing)) if missing else x_N
 
 
 def plan_step(

@@ -7,10 +7,12 @@ call; prefill chunks go one by one. Shape legend: see kernels.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
-from workers.model.step import CHUNK_TOKENS, StepPlan
+from workers.model.cache import SequenceCache
+from workers.model.delta_inputs import DeltaInputs
+from workers.model.step import CHUNK_TOKENS, Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,146 +31,125 @@ class AttentionCall:
     is_causal: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchStep:
+    """One step and its attention calls, in the order of their rows."""
+
+    plan: StepPlan
+    attention: tuple[AttentionCall, ...]
+
+
 class TorchKernels:
     """Batched decode, chunked prefill."""
 
-    def prepare(self, plan: StepPlan, block_tokens: int) -> list[AttentionCall]:
+    def prepare(self, plan: StepPlan, cache: SequenceCache) -> TorchStep:
         """Gather block ids and masks of the step's attention calls."""
-        device = plan.token_ids_R.device
-        return [
-            _decode_call(plan, rows, block_tokens, device)
+        decoded = [
+            _decode_call(plan, rows, cache.block_tokens)
             for group in plan.decode_groups
             for rows in _similar_lengths(plan, group)
-        ] + [_chunk_call(plan, i, block_tokens, device) for i in range(len(plan.chunks))]
+        ]
+        chunks = [_chunk_call(plan, chunk, cache.block_tokens) for chunk in plan.chunks]
+        return TorchStep(plan=plan, attention=tuple(decoded + chunks))
 
     def causal_conv(
-        self, x_NC: Tensor, weight_KC: Tensor, state_SJC: Tensor, plan: StepPlan
+        self, x_NC: Tensor, weight_KC: Tensor, state_SJC: Tensor, step: TorchStep
     ) -> Tensor:
         """Return silu of the causal depthwise convolution, [N, C]."""
         parts = []
-        for rows in plan.decode_groups:
+        for rows in step.plan.decode_groups:
             window_BKC = torch.cat([state_SJC[rows], x_NC[rows, None]], 1)
             state_SJC[rows] = window_BKC[:, 1:]
-            parts.append(F.silu((window_BKC * weight_KC).sum(1)))
-        for chunk in plan.chunks:
+            parts.append(functional.silu((window_BKC * weight_KC).sum(1)))
+        for chunk in step.plan.chunks:
             rows_MC = torch.cat([state_SJC[chunk.segment], x_NC[chunk.rows]])
             num_rows, kernel = chunk.stop - chunk.start, weight_KC.shape[0]
             y_MC = rows_MC[:num_rows] * weight_KC[0]
             for tap in range(1, kernel):
                 y_MC.addcmul_(rows_MC[tap : tap + num_rows], weight_KC[tap])
             state_SJC[chunk.segment] = rows_MC[num_rows:]
-            parts.append(F.silu(y_MC))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts.append(functional.silu(y_MC))
+        return _join(parts)
 
-    def recurrent_delta_rule(
-        self,
-        qk_B2HD: Tensor,
-        v_BHD: Tensor,
-        log_decay_BH: Tensor,
-        beta_BH: Tensor,
-        state_BHDD: Tensor,
-        plan: StepPlan,
-    ) -> Tensor:
-        """Advance the decoded rows' states by one token; returns [B, VH, DV]."""
-        parts = [
-            _recurrent(qk_B2HD[g], v_BHD[g], log_decay_BH[g], beta_BH[g], state_BHDD[g])
-            for g in plan.decode_groups
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def recurrent_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: TorchStep) -> Tensor:
+        """Advance the decoded rows' states by one token each; returns [B, VH, DV]."""
+        return _join([_recurrent(inputs.rows(g), state[g]) for g in step.plan.decode_groups])
 
-    def chunk_delta_rule(
-        self,
-        qk_M2HD: Tensor,
-        v_MHD: Tensor,
-        log_decay_MH: Tensor,
-        beta_MH: Tensor,
-        state_SHDD: Tensor,
-        plan: StepPlan,
-    ) -> Tensor:
+    def chunk_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: TorchStep) -> Tensor:
         """Run the prefill chunks, each from its sequence's state; returns [M, VH, DV]."""
-        parts = []
-        for chunk in plan.chunks:
-            rows = slice(chunk.start - plan.num_decode, chunk.stop - plan.num_decode)
-            parts.append(
-                _chunked(
-                    qk_M2HD[rows],
-                    v_MHD[rows],
-                    log_decay_MH[rows],
-                    beta_MH[rows],
-                    state_SHDD[chunk.segment],
-                )
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        d = step.plan.num_decode
+        return _join(
+            [
+                _chunked(inputs.rows(slice(c.start - d, c.stop - d)), state[c.segment])
+                for c in step.plan.chunks
+            ]
+        )
 
-    def attention(
-        self, q_NHE: Tensor, kv: Tensor, plan: StepPlan, prepared: list[AttentionCall]
-    ) -> Tensor:
+    def attention(self, q_NHE: Tensor, kv: Tensor, step: TorchStep) -> Tensor:
         """Attend causally to a layer's paged keys and values; [N, H, E]."""
-        parts = [_attend(q_NHE[call.rows], kv, call) for call in prepared]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _join([_attend(q_NHE[call.rows], kv, call) for call in step.attention])
 
 
-def _recurrent(
-    qk_B2HD: Tensor, v_BHD: Tensor, log_decay_BH: Tensor, beta_BH: Tensor, state_BHDD: Tensor
-) -> Tensor:
-    """One token of S <- S exp(g); S += k (beta (v - S k))'; o = S q, for all rows and heads."""
-    num_rows, heads, size = v_BHD.shape
-    repeat = heads // qk_B2HD.shape[2]
-    if repeat > 1:
-        qk_B2HD = qk_B2HD.repeat_interleave(repeat, 2)
-    q, k = qk_B2HD.unbind(1)
-    state_BHDD.mul_(log_decay_BH.exp()[:, :, None, None])
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _recurrent(inputs: DeltaInputs, state_BHDD: Tensor) -> Tensor:
+    """One token of the delta rule for all rows and heads at once; [B, VH, DV]."""
+    num_rows, heads, size = inputs.v.shape
+    repeat = heads // inputs.qk.shape[2]
+    qk = inputs.qk if repeat == 1 else inputs.qk.repeat_interleave(repeat, 2)
+    q, k = (x.reshape(num_rows * heads, 1, -1) for x in qk.unbind(1))
+    state_BHDD.mul_(inputs.log_decay.exp()[:, :, None, None])
     state = state_BHDD.view(num_rows * heads, -1, size)
-    k = k.reshape(num_rows * heads, 1, -1)
     known = torch.bmm(k, state).view(num_rows, heads, size)
-    fresh = (v_BHD - known).mul_(beta_BH[:, :, None])
+    fresh = (inputs.v - known).mul_(inputs.beta[:, :, None])
     state.baddbmm_(k.mT, fresh.view(num_rows * heads, 1, size))
-    return torch.bmm(q.reshape(num_rows * heads, 1, -1), state).view(num_rows, heads, size)
+    return torch.bmm(q, state).view(num_rows, heads, size)
 
 
-def _chunked(
-    qk_M2HD: Tensor, v_MHD: Tensor, log_decay_MH: Tensor, beta_MH: Tensor, state_HDD: Tensor
-) -> Tensor:
-    """The delta rule over consecutive tokens, in chunks, with matrix products only.
+def _chunked(inputs: DeltaInputs, state_HDD: Tensor) -> Tensor:
+    """The delta rule over consecutive tokens in chunks, with matrix products only; [M, VH, DV].
 
-    Within a chunk the updates u solve (I + A) u = beta (v - decayed S k), A strictly lower
-    triangular; the inverse of (I + A) is the product of (I + A^(2^i)) with alternating sign.
+    Within a chunk the updates u solve (I + A) u = beta (v - decayed S' k), A strictly lower
+    triangular; the updates then act on the outputs and on the state like values of an attention.
 
-    Source: Yang et al., "Gated Delta Networks" (WY form, section 3.3); the inverse as in the demo
-    model's training script.
+    Source: Yang et al., "Gated Delta Networks", section 3.3 (WY form).
     """
-    num_rows, heads, size = v_MHD.shape
-    padding = -num_rows % CHUNK_TOKENS
-    repeat = heads // qk_M2HD.shape[2]
+    num_rows, heads, _ = inputs.v.shape
+    num_chunks = -(-num_rows // CHUNK_TOKENS)
+    repeat = heads // inputs.qk.shape[2]
 
-    def chunked(x: Tensor) -> Tensor:  # [M, heads, ...] -> [heads, chunks, CHUNK_TOKENS, ...]
-        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding))
-        return x.transpose(0, 1).unflatten(1, (-1, CHUNK_TOKENS))
+    def chunks(x: Tensor) -> Tensor:  # [M, heads, ...] -> [heads, chunks, CHUNK_TOKENS, ...]
+        x = functional.pad(x, (0, 0) * (x.dim() - 1) + (0, -num_rows % CHUNK_TOKENS))
+        return x.view(num_chunks, CHUNK_TOKENS, *x.shape[1:]).movedim(2, 0)
 
-    q, k = (chunked(x) for x in qk_M2HD.unbind(1))
-    products = (torch.stack([k, q]) @ k.mT).repeat_interleave(repeat, 1)
+    q, k = (chunks(x) for x in inputs.qk.unbind(1))
+    k_products, q_products = ((x @ k.mT).repeat_interleave(repeat, 0) for x in (k, q))
     q, k = q.repeat_interleave(repeat, 0), k.repeat_interleave(repeat, 0)
-    beta = chunked(beta_MH)[..., None]
-    decay = chunked(log_decay_MH).cumsum(-1)
+    beta = chunks(inputs.beta)[..., None]
+    decay = chunks(inputs.log_decay).cumsum(-1)  # from the chunk's begin to each token
+    # tril before exp: above the diagonal the difference is positive and could overflow.
     ratio = (decay[..., :, None] - decay[..., None, :]).tril_().exp_().tril_()
-    inverse = _inverse_unit_lower((products[0] * ratio).mul_(beta).tril_(-1))
-    into = decay.exp()[..., None]
-    solved = inverse @ torch.cat([chunked(v_MHD), k * into], -1).mul_(beta)
-    update, carry = solved.split([size, k.shape[-1]], -1)
-    inside = products[1] * ratio
-    q = q * into
+    inverse = _inverse_unit_lower((k_products * ratio).mul_(beta).tril_(-1))
+    grown = decay.exp()[..., None]
+    update, carry = (inverse @ (x * beta) for x in (chunks(inputs.v), k * grown))
+    inside = q_products * ratio
+    q = q * grown
     k_out = (k * (decay[..., -1:] - decay).exp()[..., None]).mT
-    whole = into[:, :, -1:]
     outputs = []
-    for i in range(update.shape[1]):
+    for i in range(num_chunks):
         fresh = torch.baddbmm(update[:, i], carry[:, i], state_HDD, alpha=-1)
         outputs.append(torch.baddbmm(torch.bmm(q[:, i], state_HDD), inside[:, i], fresh))
-        state_HDD.mul_(whole[:, i]).baddbmm_(k_out[:, i], fresh)
+        state_HDD.mul_(grown[:, i, -1:]).baddbmm_(k_out[:, i], fresh)
     return torch.cat(outputs, 1)[:, :num_rows].transpose(0, 1)
 
 
 def _inverse_unit_lower(strict: Tensor) -> Tensor:
-    """Return the inverse of I + strict, for strictly lower triangular matrices [..., n, n]."""
+    """Return the inverse of I + A for strictly lower triangular A [..., n, n].
+
+    (I + A)^-1 = (I - A)(I + A^2)(I + A^4)..., which ends since A^n = 0.
+    """
     size = strict.shape[-1]
     inverse = torch.eye(size, device=strict.device) - strict
     power = strict @ strict
@@ -191,9 +172,8 @@ def _similar_lengths(plan: StepPlan, group: slice) -> list[slice]:
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], group.stop], strict=True)]
 
 
-def _decode_call(
-    plan: StepPlan, rows: slice, block_tokens: int, device: torch.device
-) -> AttentionCall:
+def _decode_call(plan: StepPlan, rows: slice, block_tokens: int) -> AttentionCall:
+    device = plan.token_ids_R.device
     segments = plan.segments[rows]
     lengths = [s.start + 1 for s in segments]
     num_keys = max(lengths)
@@ -215,10 +195,8 @@ def _decode_call(
     )
 
 
-def _chunk_call(
-    plan: StepPlan, index: int, block_tokens: int, device: torch.device
-) -> AttentionCall:
-    chunk = plan.chunks[index]
+def _chunk_call(plan: StepPlan, chunk: Chunk, block_tokens: int) -> AttentionCall:
+    device = plan.token_ids_R.device
     segment = plan.segments[chunk.segment]
     num_keys = segment.start + len(segment.token_ids)
     mask = None
@@ -249,10 +227,10 @@ def _attend(q_NHE: Tensor, kv: Tensor, call: AttentionCall) -> Tensor:
     if num_rows == call.num_sequences and not call.is_causal:
         q = q_NHE.reshape(num_rows, groups, -1, size)
         mask = call.mask if call.mask is None else call.mask.expand(-1, 1, q.shape[2], -1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return y.reshape(num_rows, heads, size)
-    q = q_NHE.unflatten(1, (groups, -1)).permute(2, 1, 0, 3)
-    y = F.scaled_dot_product_attention(
+    q = q_NHE.reshape(num_rows, groups, -1, size).permute(2, 1, 0, 3)
+    y = functional.scaled_dot_product_attention(
         q,
         k.expand(q.shape[0], -1, -1, -1),
         v.expand(q.shape[0], -1, -1, -1),
