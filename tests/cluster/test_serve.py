@@ -97,7 +97,8 @@ def test_clients_that_vanish_leave_no_block_behind(cluster: Served) -> None:
             for _ in range(draw.randrange(5)):
                 next(call)
         except grpc.RpcError as error:
-            assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
         call.cancel()
 
     (gateway,) = cluster.members("GATEWAY")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.dispatch.base import Dispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.mesh import TensorParallelGroup
 from workers.model.batch import Segment, StepBatch
@@ -68,15 +69,17 @@ class Reference:
         num_sequences: int = 1,
         bit_stable: bool = False,
         probe: GateProbe | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> "Reference":
-        """Load a checkpoint in float32 on the CPU."""
+        """Load a checkpoint in float32 on the CPU; a `dispatcher` may replace local experts."""
         dtype, device = torch.float32, torch.device("cpu")
         blocks = -(-context_tokens // _BLOCK_TOKENS)
         decoder = Decoder(
             config,
             load_decoder(checkpoint, config, rank=0, size=1, dtype=dtype, device=device),
             TensorParallelGroup(),
-            load_local_experts(
+            dispatcher
+            or load_local_experts(
                 config, checkpoint, dtype=dtype, device=device, bit_stable=bit_stable
             ),
             kernels=choose_kernels(device),

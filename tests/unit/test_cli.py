@@ -1,0 +1,100 @@
+"""The command line: its options are exactly these, and mistakes end in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from cluster.cli.bench import Outcome, percentiles, summarize
+from cluster.cli.main import app, run
+
+OPTIONS = {
+    "serve": {
+        "model", "config", "set", "gateways", "tensor-parallel", "expert-workers", "listen",
+        "ray-address",
+    },
+    "demo": {"config", "set", "client"},
+    "chat": {"server", "system", "thinking", "temperature", "max-tokens", "seed"},
+    "generate": {"server", "temperature", "max-tokens", "seed"},
+    "status": {"server", "json"},
+    "bench": {
+        "server", "requests", "concurrency", "rate-per-s", "prompt-tokens", "output-tokens",
+        "seed", "json",
+    },
+    "check": {"model", "config", "set", "parity"},
+}  # fmt: skip
+
+
+def test_commands_and_options_are_exactly_the_listed_ones() -> None:
+    commands = typer.main.get_command(app).commands
+
+    found = {
+        name: {
+            option.removeprefix("--")
+            for parameter in command.params
+            for option in parameter.opts
+            if option.startswith("--")
+        }
+        for name, command in commands.items()
+    }
+    assert found == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["serve", "--set", "experts.wokers=3"], 1, "experts.wokers: unknown key; did you mean"),
+        (["serve", "--config", "missing.yaml"], 1, "cannot read missing.yaml"),
+        (["serve", "--no-such"], 2, "No such option"),
+        (["check", "--model", "nowhere"], 1, "nowhere"),
+        (["serve", "--tensor-parallel", "3"], 1, "tensor"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(monkeypatch, capsys, arguments, status, words) -> None:
+    monkeypatch.setattr(sys, "argv", ["expertmesh", *arguments])
+
+    assert run() == status
+    assert words in capsys.readouterr().err
+
+
+def test_a_foreign_package_of_the_same_name_is_refused_with_its_place(tmp_path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "__init__.py").touch()
+    entry = Path(__file__).parents[2] / "expertmesh.py"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r});"
+        "import importlib.util as u;"
+        f"s = u.spec_from_file_location('expertmesh', {str(entry)!r});"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); m.main()"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 1
+    assert "'cluster' resolves to" in ended.stderr
+    assert str(tmp_path / "cluster") in ended.stderr
+
+
+def test_percentiles_are_of_nearest_rank() -> None:
+    assert percentiles([float(i) for i in range(1, 101)]) == {
+        "p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 100.0,
+    }  # fmt: skip
+    assert percentiles([]) == {}
+    assert percentiles([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0, "max": 2.0}
+
+
+def test_a_report_counts_errors_apart_and_takes_rates_of_what_completed() -> None:
+    good = Outcome(sent_s=0.0, arrivals_s=[1.0, 2.0, 3.0], tokens=5)
+    bad = Outcome(sent_s=0.0, error="RESOURCE_EXHAUSTED")
+
+    report = summarize([good, bad], wall_s=10.0)
+
+    assert report["completed"] == 1
+    assert report["errors"] == {"RESOURCE_EXHAUSTED": 1}
+    assert report["tokens_per_s"] == 0.5
+    assert report["time_to_first_token_s"]["p50"] == 1.0
+    assert report["time_per_output_token_s"]["p50"] == 0.5
