@@ -1,0 +1,201 @@
+"""A request on its way through gateways that come and go: every token once, in order."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from enum import Enum
+
+from cluster.frontdoor.gateways import GatewayPool, GatewaySession
+from workers.errors import (
+    DrainingError,
+    DuplicateRequestError,
+    ExpertmeshError,
+    OverloadedError,
+    UnavailableError,
+)
+from workers.placement import MemberId
+from workers.types import FinishReason, Request, TokenEvent
+
+
+class _Notice(Enum):
+    """What a flight hears beside events and refusals."""
+
+    LOST = "the gateway can no longer be reached"
+    CANCELLED = "the client has asked to end it"
+    LOOK = "a gateway has come or gone"
+
+
+class Flight:
+    """Carries one request from gateway to gateway until all its sequences have ended.
+
+    Every submission has a higher assignment number; what an older one still sends is dropped.
+    """
+
+    def __init__(self, request: Request, pool: GatewayPool) -> None:
+        self.request_id = request.request_id
+        self.assignment = request.assignment
+        self._request = request
+        self._pool = pool
+        self._notices: asyncio.Queue[tuple[int, TokenEvent | ExpertmeshError | _Notice]]
+        self._notices = asyncio.Queue()
+        self._emitted = [list(tokens) for tokens in request.emitted]
+        self._emitted += [[] for _ in range(request.num_sequences - len(self._emitted))]
+        self._running = set(range(request.num_sequences))
+        self._at_gateway: set[int] = set()  # sequences that the gateway still holds
+        self._session: GatewaySession | None = None
+        self._refused_by: set[MemberId] = set()
+        self._is_admitted = any(request.emitted)
+        self._has_prompt_logprobs = False
+        self._deadline_s: float | None = None
+
+    async def events(self) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the request's events until all its sequences have ended.
+
+        Raises:
+            UnavailableError: No gateway took it in time.
+            OverloadedError: Every gateway's queue is full, and it was never admitted.
+            ExpertmeshError: The gateway refuses it or has failed at it.
+        """
+        self._pool.listeners.add(self._look)
+        try:
+            while self._running:
+                if self._session is None:
+                    self._submit()
+                for event in await self._hear():
+                    yield event
+        finally:
+            self._pool.listeners.discard(self._look)
+            self._leave()
+
+    def end_sequence(self, sequence_index: int) -> None:
+        """Take no more tokens of a sequence: its text has ended."""
+        self._running.discard(sequence_index)
+
+    def cancel(self) -> None:
+        """End the sequences that are still running, with FinishReason.CANCELLED."""
+        self._notices.put_nowait((self.assignment, _Notice.CANCELLED))
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Take new tokens."""
+        self._notices.put_nowait((event.assignment, event))
+
+    def refused(self, error: ExpertmeshError) -> None:
+        """The gateway does not take it."""
+        self._notices.put_nowait((self.assignment, error))
+
+    def lost(self) -> None:
+        """The gateway can no longer be reached."""
+        self._notices.put_nowait((self.assignment, _Notice.LOST))
+
+    def _look(self) -> None:
+        if self._session is None:
+            self._notices.put_nowait((self.assignment, _Notice.LOOK))
+
+    def _submit(self) -> None:
+        """Hand the request to a gateway, if there is one, with what was emitted so far."""
+        self._session = self._pool.choose(self._refused_by)
+        if self._session is None:
+            return
+        self.assignment += 1
+        self._at_gateway = set(range(self._request.num_sequences))
+        request = replace(
+            self._request,
+            assignment=self.assignment,
+            emitted=tuple(map(tuple, self._emitted)) if any(self._emitted) else (),
+        )
+        self._session.submit(request, self)
+
+    async def _hear(self) -> list[TokenEvent]:
+        """Wait for a notice and act on it; return what it brings for the client."""
+        if self._session is not None:
+            return self._heed(*await self._notices.get())
+        now_s = asyncio.get_running_loop().time()
+        wait_s = self._pool.options.gateway_wait_s
+        self._deadline_s = self._deadline_s or now_s + wait_s
+        if now_s >= self._deadline_s:
+            raise UnavailableError(f"no gateway could take the request within {wait_s:g} s")
+        retry_s = self._pool.options.gateway_retry_s if self._refused_by else wait_s
+        try:
+            async with asyncio.timeout_at(min(self._deadline_s, now_s + retry_s)):
+                notice = await self._notices.get()
+        except TimeoutError:
+            self._refused_by.clear()
+            return []
+        return self._heed(*notice)
+
+    def _heed(
+        self, assignment: int, notice: TokenEvent | ExpertmeshError | _Notice
+    ) -> list[TokenEvent]:
+        if notice is _Notice.CANCELLED:
+            return [self._cancelled(index) for index in sorted(self._running)]
+        if assignment != self.assignment or notice is _Notice.LOOK:
+            return []
+        if isinstance(notice, TokenEvent):
+            return self._take(notice)
+        if isinstance(notice, ExpertmeshError):
+            self._refuse(notice)
+        else:
+            self._session, self._is_admitted = None, True
+        return []
+
+    def _refuse(self, error: ExpertmeshError) -> None:
+        """Try another gateway, where that may help; else raise the refusal."""
+        assert self._session is not None
+        self._refused_by.add(self._session.member.id)
+        self._session = None
+        match error:
+            case DrainingError():
+                return
+            case OverloadedError():
+                if self._is_admitted or self._pool.choose(self._refused_by) is not None:
+                    return
+            case DuplicateRequestError() if self._is_admitted:
+                return  # an older assignment of it is still being freed there
+        raise error
+
+    def _take(self, event: TokenEvent) -> list[TokenEvent]:
+        """Return what is new in an event, if anything; what is not is dropped."""
+        if event.finish is not None:
+            self._at_gateway.discard(event.sequence_index)
+        if event.sequence_index not in self._running:
+            return []
+        emitted = self._emitted[event.sequence_index]
+        num_known = len(emitted) - event.first_token_index
+        if event.finish is FinishReason.ERROR:
+            raise ExpertmeshError(f"the gateway failed at the request: {event.error}")
+        if num_known < 0 or event.finish is FinishReason.CANCELLED:  # not what was asked for
+            self._leave()
+            return []
+        fresh = replace(
+            event,
+            first_token_index=len(emitted),
+            token_ids=event.token_ids[num_known:],
+            logprobs=event.logprobs[num_known:],
+            prompt_logprobs=() if self._has_prompt_logprobs else event.prompt_logprobs,
+        )
+        if not (fresh.token_ids or fresh.prompt_logprobs or fresh.finish):
+            return []
+        emitted.extend(fresh.token_ids)
+        self._is_admitted, self._deadline_s = True, None
+        self._refused_by.clear()
+        self._has_prompt_logprobs |= bool(fresh.prompt_logprobs)
+        if fresh.finish is not None:
+            self._running.discard(fresh.sequence_index)
+        return [fresh]
+
+    def _cancelled(self, sequence_index: int) -> TokenEvent:
+        self._running.discard(sequence_index)
+        return TokenEvent(
+            request_id=self.request_id,
+            sequence_index=sequence_index,
+            assignment=self.assignment,
+            first_token_index=len(self._emitted[sequence_index]),
+            token_ids=(),
+            finish=FinishReason.CANCELLED,
+        )
+
+    def _leave(self) -> None:
+        """Let the gateway free whatever it still holds of it."""
+        if self._session is not None:
+            self._session.leave(self, has_ended=not self._at_gateway)
+            self._session = None

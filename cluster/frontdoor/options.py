@@ -1,0 +1,36 @@
+"""The front door's settings."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontDoorOptions:
+    """What can be set at a front door.
+
+    `name` tells front doors apart at the gateways. Without `api_keys` everybody may call.
+    `max_requests` bounds the requests in flight, `max_waiting` those of them that have no token
+    yet. `default_max_tokens` bounds a completion whose max_tokens is unset. `gateway_wait_s` is how
+    long a request waits while no gateway can take it. `expected_tokens` stands for the length of a
+    completion when gateways are compared. With `experts_in_gateway` there are no expert workers
+    whose coverage health would depend on.
+    """
+
+    name: str = "frontdoor"
+    listen: str = "127.0.0.1:0"
+    api_keys: tuple[tuple[str, str], ...] = ()  # (key, tenant)
+    loopback_without_key: bool = True
+    max_requests: int = 1024
+    max_waiting: int = 256
+    retry_after_s: float = 1.0
+    max_message_bytes: int = 16 * 2**20
+    default_max_tokens: int = 32_768
+    max_sequences: int = 16
+    max_stop_strings: int = 16
+    max_stop_string_length: int = 256
+    max_logprobs: int = 20
+    gateway_wait_s: float = 60.0
+    gateway_retry_s: float = 0.05
+    reconnect_s: float = 0.2
+    expected_tokens: int = 256
+    keepalive_s: float = 20.0
+    experts_in_gateway: bool = False

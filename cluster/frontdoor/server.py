@@ -1,0 +1,169 @@
+"""The front door: a gRPC server that clients connect to, and its sessions with gateways."""
+
+import asyncio
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.frontdoor.admission import Admission
+from cluster.frontdoor.auth import Authenticator
+from cluster.frontdoor.cluster_service import ClusterService, ViewCache
+from cluster.frontdoor.gateways import GatewayPool
+from cluster.frontdoor.metrics import FrontDoorMetrics, NoMetrics
+from cluster.frontdoor.model import ModelInfo
+from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.service import FrontDoorParts, InferenceService
+from cluster.pb.expertmesh.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+)
+from workers.clock import Clock, SystemClock
+from workers.errors import ConfigError
+from workers.placement import View
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontDoorStats:
+    """A front door's load, and whether it can serve."""
+
+    in_flight: int
+    waiting: int
+    ready: bool
+
+
+class FrontDoor:
+    """Serves one model to clients. All methods belong to the event loop that started it.
+
+    Args:
+        options: Its settings.
+        model: The served model.
+        metrics: Where observations go.
+        clock: Measures what the metrics report.
+    """
+
+    def __init__(
+        self,
+        options: FrontDoorOptions,
+        model: ModelInfo,
+        *,
+        metrics: FrontDoorMetrics | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        metrics = metrics or NoMetrics()
+        self._options = options
+        self._views = ViewCache(experts_in_gateway=options.experts_in_gateway)
+        self._parts = FrontDoorParts(
+            options=options,
+            model=model,
+            pool=GatewayPool(options),
+            admission=Admission(options, metrics),
+            authenticator=Authenticator(
+                options.api_keys, loopback_without_key=options.loopback_without_key
+            ),
+            metrics=metrics,
+            clock=clock or SystemClock(),
+        )
+        self._parts.pool.listeners.add(self._health_may_change)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health_change = asyncio.Lock()
+        self._health_tasks: set[asyncio.Task[None]] = set()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Listen, and return HOST:PORT.
+
+        Raises:
+            ConfigError: The address cannot be bound.
+        """
+        self._server = grpc.aio.server(options=_server_options(self._options))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self._parts), self._server
+        )
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
+            ClusterService(self._parts, self._views), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        try:
+            port = self._server.add_insecure_port(self._options.listen)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self._options.listen}: {error}") from error
+        await self._set_health()
+        await self._server.start()
+        return f"{self._options.listen.rpartition(':')[0]}:{port}"
+
+    def adopt(self, view: View) -> None:
+        """Take a View if it is newer, and connect to its gateways."""
+        if self._views.adopt(view):
+            self._parts.pool.adopt(view)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be served now: a gateway is there, and every expert."""
+        return (
+            self._views.is_covered
+            and self._parts.pool.is_connected
+            and not self._parts.admission.is_draining
+        )
+
+    def stats(self) -> FrontDoorStats:
+        """Return its load."""
+        admission = self._parts.admission
+        return FrontDoorStats(
+            in_flight=admission.num_running, waiting=admission.num_waiting, ready=self.ready
+        )
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Take no new work, let the running streams finish, then close.
+
+        Returns:
+            Whether all of them finished by the deadline; the others are cut off.
+        """
+        self._parts.admission.is_draining = True
+        await self._set_health()
+        has_finished = await self._parts.admission.wait_idle(deadline_s)
+        await self.close()
+        return has_finished
+
+    async def close(self) -> None:
+        """Stop at once."""
+        self._parts.pool.listeners.discard(self._health_may_change)
+        if self._server is not None:
+            await self._server.stop(grace=0.5)  # for the last words of streams that have ended
+        await self._parts.pool.close()
+
+    def _health_may_change(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_health())
+        self._health_tasks.add(task)
+        task.add_done_callback(self._health_tasks.discard)
+
+    async def _set_health(self) -> None:
+        async with self._health_change:  # whoever comes last sets what holds then
+            serving = health_pb2.HealthCheckResponse.SERVING
+            not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+            status = serving if self.ready else not_serving
+            for name in ("", _INFERENCE):
+                await self._health.set(name, status)
+            draining = self._parts.admission.is_draining
+            await self._health.set(_CLUSTER, not_serving if draining else serving)
+
+
+def _server_options(options: FrontDoorOptions) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # a port that is taken is an error
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(options.keepalive_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+    ]

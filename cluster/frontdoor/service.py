@@ -1,0 +1,277 @@
+"""The inference RPCs: admit, tokenize, send to a gateway, stream the answer."""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+
+from cluster.frontdoor import translate
+from cluster.frontdoor.admission import Admission, Job, check
+from cluster.frontdoor.answer import Answer, ChatAnswer, GenerateAnswer
+from cluster.frontdoor.auth import Authenticator
+from cluster.frontdoor.flight import Flight
+from cluster.frontdoor.gateways import GatewayPool
+from cluster.frontdoor.metrics import FrontDoorMetrics
+from cluster.frontdoor.model import ModelInfo
+from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.parsers import OutputParser
+from cluster.frontdoor.template import starts_in_reasoning
+from cluster.pb.expertmesh.v1 import inference_pb2, inference_pb2_grpc
+from workers.clock import Clock
+from workers.errors import (
+    ExpertmeshError,
+    FieldViolation,
+    InvalidRequestError,
+    NotFoundError,
+    RefusedError,
+)
+
+_log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_LONG_TEXT = 2000  # characters; tokenizing more would hold up the other streams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontDoorParts:
+    """What the RPCs share."""
+
+    options: FrontDoorOptions
+    model: ModelInfo
+    pool: GatewayPool
+    admission: Admission
+    authenticator: Authenticator
+    metrics: FrontDoorMetrics
+    clock: Clock
+
+
+@asynccontextmanager
+async def guarded(parts: FrontDoorParts, method: str, context: Context) -> AsyncIterator[str]:
+    """Authenticate a call, yield its tenant, and turn whatever is raised into a gRPC status."""
+    code = grpc.StatusCode.OK
+    try:
+        yield parts.authenticator.tenant(context.invocation_metadata() or (), context.peer())
+    except ExpertmeshError as error:
+        code = translate.code_of(error)
+        await _abort(context, error)
+    except asyncio.CancelledError:
+        left_s: Any = context.time_remaining()  # None without a deadline
+        is_late = left_s is not None and left_s <= 0
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+        raise
+    except Exception as error:  # noqa: BLE001  # ours; the client hears no details
+        if context.done():  # written to a client that had just gone
+            code = grpc.StatusCode.CANCELLED
+            return
+        code = grpc.StatusCode.INTERNAL
+        _log.exception("call failed", method=method)
+        await _abort(context, ExpertmeshError(f"internal error: {type(error).__name__}"))
+    finally:
+        parts.metrics.request_ended(method, code.name)
+
+
+async def _abort(context: Context, error: ExpertmeshError) -> NoReturn:
+    details = translate.status_details(error)
+    await context.abort(translate.code_of(error), str(error), details)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Generate, Chat and what belongs to them.
+
+    The streaming methods write their messages: so a cancelled call is noticed inside them, whatever
+    they wait for, and its sequences are freed at once.
+    """
+
+    def __init__(self, parts: FrontDoorParts) -> None:
+        self._parts = parts
+        self._model = parts.model
+        self._flights: dict[str, Flight] = {}
+
+    async def Generate(  # type: ignore[override]
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> None:
+        """Continue a prompt."""
+        arrived_s = self._parts.clock.now_s()
+        async with guarded(self._parts, "Generate", context) as tenant:
+            self._check_early(request)
+            if request.WhichOneof("prompt") == "token_ids":
+                token_ids = tuple(request.token_ids.ids)
+            else:
+                token_ids = await self._tokenize(request.text)
+            request_id = request.request_id or uuid.uuid4().hex
+            job = self._job(request, token_ids, self._key(tenant, request_id))
+            answer = GenerateAnswer(job, request_id, self._model)
+            await self._stream(job, answer, context, arrived_s)
+
+    async def Chat(  # type: ignore[override]
+        self, request: inference_pb2.ChatRequest, context: Context
+    ) -> None:
+        """Answer a conversation."""
+        arrived_s = self._parts.clock.now_s()
+        async with guarded(self._parts, "Chat", context) as tenant:
+            self._check_early(request)
+            tools = translate.tools_of(request)
+            prompt = self._render(request, tools)
+            token_ids = await self._tokenize(prompt)
+            request_id = request.request_id or uuid.uuid4().hex
+            job = self._job(request, token_ids, self._key(tenant, request_id))
+            in_reasoning, schemas = starts_in_reasoning(prompt), translate.schemas_of(tools)
+            parsers = [
+                OutputParser(in_reasoning=in_reasoning, tools=schemas)
+                for _ in range(job.request.num_sequences)
+            ]
+            answer = ChatAnswer(job, request_id, self._model, parsers)
+            await self._stream(job, answer, context, arrived_s)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Return the token ids of a text."""
+        async with guarded(self._parts, "Tokenize", context):
+            self._check_model(request.model)
+            token_ids = await self._tokenize(request.text)
+            return inference_pb2.TokenizeResponse(token_ids=token_ids)
+        raise AssertionError  # the guard has raised
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """Return the text of token ids."""
+        async with guarded(self._parts, "Detokenize", context):
+            self._check_model(request.model)
+            for i, token_id in enumerate(request.token_ids):
+                if token_id >= self._model.vocab_size:
+                    raise InvalidRequestError(
+                        FieldViolation(
+                            f"token_ids[{i}]",
+                            f"token id {token_id} is out of range; the vocabulary has "
+                            f"{self._model.vocab_size} tokens",
+                        )
+                    )
+            text = self._model.tokenizer.decode(
+                request.token_ids, skip_special_tokens=request.skip_special_tokens
+            )
+            return inference_pb2.DetokenizeResponse(text=text)
+        raise AssertionError  # the guard has raised
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        """Return the one model that is served."""
+        del request
+        async with guarded(self._parts, "ListModels", context):
+            return inference_pb2.ListModelsResponse(models=[translate.model_message(self._model)])
+        raise AssertionError  # the guard has raised
+
+    async def Cancel(
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        """End a request of the caller that runs here."""
+        async with guarded(self._parts, "Cancel", context) as tenant:
+            flight = self._flights.get(self._key(tenant, request.request_id))
+            if flight is None:
+                raise NotFoundError(f"no request {request.request_id!r} runs at this front door")
+            flight.cancel()
+            return inference_pb2.CancelResponse()
+        raise AssertionError  # the guard has raised
+
+    def _key(self, tenant: str, request_id: str) -> str:
+        """Return the id by which the cluster knows a request: each tenant has its own names."""
+        return f"{tenant}/{request_id}" if self._parts.options.api_keys else request_id
+
+    def _check_model(self, name: str) -> None:
+        if name not in ("", self._model.name):
+            raise NotFoundError(f"model {name!r} is not served here; {self._model.name!r} is")
+
+    def _check_early(self, request: translate.AnyRequest) -> None:
+        """Refuse what needs no tokens to be refused."""
+        self._check_model(request.model)
+        self._parts.admission.check_room(is_resumed=_is_resumed(request))
+
+    def _render(self, request: inference_pb2.ChatRequest, tools: list[dict[str, Any]]) -> str:
+        if self._model.template is None:
+            raise RefusedError(f"model {self._model.name!r} has no chat template; use Generate")
+        if not request.messages:
+            raise InvalidRequestError(FieldViolation("messages", "must not be empty"))
+        thinking = request.enable_thinking if request.HasField("enable_thinking") else None
+        return self._model.template.render(translate.messages_of(request), tools, thinking)
+
+    async def _tokenize(self, text: str) -> tuple[int, ...]:
+        encode = self._model.tokenizer.encode
+        return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
+
+    def _job(self, request: translate.AnyRequest, token_ids: tuple[int, ...], key: str) -> Job:
+        """Return the validated request."""
+        job = translate.job_of(
+            request,
+            token_ids,
+            self._model,
+            request_id=key,
+            seed=secrets.randbits(63),
+            default_max_tokens=self._parts.options.default_max_tokens,
+        )
+        check(
+            job,
+            self._parts.options,
+            context_tokens=self._model.context_tokens,
+            vocab_size=self._model.vocab_size,
+        )
+        return job
+
+    async def _stream(
+        self, job: Job, answer: Answer[Any], context: Context, arrived_s: float
+    ) -> None:
+        """Carry the request through the gateways and write what comes of it."""
+        request, parts = job.request, self._parts
+        with parts.admission.admitted(request.request_id, is_resumed=job.is_resumed) as started:
+            parts.metrics.request_admitted(len(request.prompt_token_ids))
+            flight = self._flights[request.request_id] = Flight(request, parts.pool)
+            timing = _Timing(parts, arrived_s, request.num_sequences)
+            try:
+                await context.write(answer.first())
+                for end in answer.resume():
+                    flight.end_sequence(end.sequence_index)
+                    await context.write(end)
+                async with aclosing(flight.events()) as events:
+                    async for event in events:
+                        response = answer.take(event)
+                        if response.HasField("finish"):
+                            flight.end_sequence(event.sequence_index)
+                        if response.token_ids:
+                            started()
+                            timing.note(event.sequence_index, len(response.token_ids))
+                        await context.write(response)
+            finally:
+                del self._flights[request.request_id]
+
+
+def _is_resumed(request: translate.AnyRequest) -> bool:
+    return any(point.token_ids for point in request.resume_from)
+
+
+class _Timing:
+    """Measures one request's time to first token and the gaps of its sequences."""
+
+    def __init__(self, parts: FrontDoorParts, arrived_s: float, num_sequences: int) -> None:
+        self._clock = parts.clock
+        self._metrics = parts.metrics
+        self._arrived_s = arrived_s
+        self._last_s: list[float | None] = [None] * num_sequences
+        self._has_started = False
+
+    def note(self, sequence_index: int, num_tokens: int) -> None:
+        """Note that tokens of a sequence are ready."""
+        now_s = self._clock.now_s()
+        if not self._has_started:
+            self._has_started = True
+            self._metrics.first_token(now_s - self._arrived_s)
+        last_s = self._last_s[sequence_index]
+        self._metrics.tokens(num_tokens, None if last_s is None else now_s - last_s)
+        self._last_s[sequence_index] = now_s

@@ -1,0 +1,224 @@
+"""gateway.proto <-> the words of the data plane, for both ends of a session."""
+
+from collections.abc import Iterable
+
+from cluster.pb.expertmesh.v1 import cluster_pb2, gateway_pb2, inference_pb2
+from workers.errors import (
+    DrainingError,
+    DuplicateRequestError,
+    ExpertmeshError,
+    FieldViolation,
+    InvalidRequestError,
+    OverloadedError,
+)
+from workers.types import (
+    FinishReason,
+    GatewayStats,
+    Output,
+    Request,
+    Sampling,
+    Stopping,
+    TokenEvent,
+    TokenLogprob,
+)
+
+_FINISHES = {
+    FinishReason.STOP: gateway_pb2.EVENT_FINISH_STOP,
+    FinishReason.LENGTH: gateway_pb2.EVENT_FINISH_LENGTH,
+    FinishReason.CANCELLED: gateway_pb2.EVENT_FINISH_CANCELLED,
+    FinishReason.ERROR: gateway_pb2.EVENT_FINISH_ERROR,
+}
+_REASONS = {number: reason for reason, number in _FINISHES.items()}
+_STATS = tuple(field for field in GatewayStats.__dataclass_fields__ if field != "rows_by_worker")
+
+
+def submit_message(request: Request) -> gateway_pb2.Submit:
+    """Return the command that asks a gateway for a request."""
+    return gateway_pb2.Submit(
+        request_id=request.request_id,
+        assignment=request.assignment,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_message(request.sampling, request.num_sequences),
+        stopping=inference_pb2.Stopping(
+            max_tokens=request.stopping.max_tokens,
+            min_tokens=request.stopping.min_tokens,
+            stop_token_ids=request.stopping.stop_token_ids,
+            ignore_eos=request.stopping.ignore_eos,
+        ),
+        eos_token_ids=request.stopping.eos_token_ids,
+        output=inference_pb2.Output(
+            logprobs=request.output.logprobs, prompt_logprobs=request.output.prompt_logprobs
+        ),
+        emitted=[inference_pb2.TokenIds(ids=ids) for ids in request.emitted],
+    )
+
+
+def sampling_message(sampling: Sampling, num_sequences: int) -> inference_pb2.Sampling:
+    """Return sampling with every field set."""
+    return inference_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        logit_bias=dict(sampling.logit_bias),
+        num_sequences=num_sequences,
+    )
+
+
+def request_of(message: gateway_pb2.Submit) -> Request:
+    """Return the request that a command carries."""
+    sampling, stopping = message.sampling, message.stopping
+    return Request(
+        request_id=message.request_id,
+        assignment=message.assignment,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=Sampling(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        ),
+        stopping=Stopping(
+            max_tokens=stopping.max_tokens,
+            min_tokens=stopping.min_tokens,
+            stop_token_ids=tuple(stopping.stop_token_ids),
+            eos_token_ids=tuple(message.eos_token_ids),
+            ignore_eos=stopping.ignore_eos,
+        ),
+        output=output_of(message.output),
+        num_sequences=sampling.num_sequences,
+        emitted=tuple(tuple(tokens.ids) for tokens in message.emitted),
+    )
+
+
+def output_of(message: inference_pb2.Output) -> Output:
+    """Return what is wanted beside tokens."""
+    return Output(
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def event_message(event: TokenEvent) -> gateway_pb2.TokenEvent:
+    """Return an event as it travels."""
+    return gateway_pb2.TokenEvent(
+        request_id=event.request_id,
+        assignment=event.assignment,
+        sequence_index=event.sequence_index,
+        first_token_index=event.first_token_index,
+        token_ids=event.token_ids,
+        logprobs=logprob_messages(event.logprobs),
+        prompt_logprobs=logprob_messages(event.prompt_logprobs),
+        finish=gateway_pb2.EVENT_FINISH_UNSPECIFIED
+        if event.finish is None
+        else _FINISHES[event.finish],
+        stop_token_id=event.stop_token_id,
+        cached_tokens=event.cached_tokens,
+        error=event.error,
+    )
+
+
+def event_of(message: gateway_pb2.TokenEvent) -> TokenEvent:
+    """Return the event that travelled."""
+    return TokenEvent(
+        request_id=message.request_id,
+        assignment=message.assignment,
+        sequence_index=message.sequence_index,
+        first_token_index=message.first_token_index,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprob_of(entry) for entry in message.logprobs),
+        prompt_logprobs=tuple(
+            _logprob_of(entry) if entry.HasField("logprob") else None
+            for entry in message.prompt_logprobs
+        ),
+        finish=_REASONS.get(message.finish),
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        cached_tokens=message.cached_tokens,
+        error=message.error,
+    )
+
+
+def logprob_messages(
+    entries: Iterable[TokenLogprob | None],
+) -> list[inference_pb2.TokenLogprob]:
+    """Return log-probabilities as they travel; None becomes an entry without one."""
+    return [
+        inference_pb2.TokenLogprob()
+        if entry is None
+        else inference_pb2.TokenLogprob(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top=[inference_pb2.TopLogprob(token_id=i, logprob=p) for i, p in entry.top],
+        )
+        for entry in entries
+    ]
+
+
+def _logprob_of(message: inference_pb2.TokenLogprob) -> TokenLogprob:
+    top = tuple((alternative.token_id, alternative.logprob) for alternative in message.top)
+    return TokenLogprob(message.token_id, message.logprob, top)
+
+
+def stats_message(stats: GatewayStats) -> cluster_pb2.GatewayStats:
+    """Return a gateway's load and counters as they travel."""
+    return cluster_pb2.GatewayStats(
+        **{field: getattr(stats, field) for field in _STATS}, rows_by_worker=stats.rows_by_worker
+    )
+
+
+def stats_of(message: cluster_pb2.GatewayStats) -> GatewayStats:
+    """Return the load and counters that travelled."""
+    return GatewayStats(
+        **{field: getattr(message, field) for field in _STATS},
+        rows_by_worker=dict(message.rows_by_worker),
+    )
+
+
+def refusal_message(
+    request_id: str, assignment: int, error: ExpertmeshError
+) -> gateway_pb2.Refusal:
+    """Return why a gateway does not take a request."""
+    refusal = gateway_pb2.Refusal(request_id=request_id, assignment=assignment, message=str(error))
+    match error:
+        case InvalidRequestError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_INVALID
+            refusal.violations.extend(
+                gateway_pb2.Violation(field=v.field, description=v.description)
+                for v in error.violations
+            )
+        case DuplicateRequestError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_DUPLICATE
+        case OverloadedError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_OVERLOADED
+            refusal.retry_after_s = error.retry_after_s
+        case DrainingError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_DRAINING
+        case _:
+            pass  # the gateway failed
+    return refusal
+
+
+def error_of(refusal: gateway_pb2.Refusal) -> ExpertmeshError:
+    """Return the error that the gateway raised."""
+    match refusal.reason:
+        case gateway_pb2.REFUSAL_REASON_INVALID:
+            return InvalidRequestError(
+                *(FieldViolation(v.field, v.description) for v in refusal.violations)
+            )
+        case gateway_pb2.REFUSAL_REASON_DUPLICATE:
+            return DuplicateRequestError(refusal.message)
+        case gateway_pb2.REFUSAL_REASON_OVERLOADED:
+            return OverloadedError(refusal.message, refusal.retry_after_s)
+        case gateway_pb2.REFUSAL_REASON_DRAINING:
+            return DrainingError(refusal.message)
+        case _:
+            return ExpertmeshError(refusal.message)
