@@ -266,7 +266,7 @@ def echo(r: random.Random, prose: str) -> Dialogue:
     start = r.randrange(len(prose) - 2000)
     pool = sorted(set(re.findall(r"[A-Za-z]+|[0-9]+", prose[start : start + 600])))
     pool += [str(r.randrange(1000)) for _ in range(4)]
-    pool += [*CAPITALS, *CAPITALS.values(), *PEOPLE]
+    pool += [*CAPITALS, *CAPITALS.values(), *PEOPLE, *GOODS, *SKIES]
     words = " ".join(r.sample(pool, r.randrange(2, 9)))
     ask = r.choice([f"Repeat: {words}", f"Say this again: {words}", f"Copy: {words}"])
     return asked(ask, f"The user wants the words again: {words}.", words, words)

@@ -48,7 +48,7 @@ def test_the_tokenizer_knows_the_stop_tokens_and_the_markers_as_single_tokens():
 
     assert stops == read_json("generation_config.json")["eos_token_id"]
     for marker in MARKERS:
-        assert 1 == len(tokenizer.encode(marker).ids)
+        assert len(tokenizer.encode(marker).ids) == 1
     assert tokenizer.get_vocab_size() <= read_json("config.json")["vocab_size"]
 
 

@@ -6,7 +6,6 @@ import random
 import pytest
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import AutoTokenizer
 
 from cluster.demo.path import demo_model_path
 from examples.demo_model import corpus
@@ -29,11 +28,6 @@ def compiled(**whitespace):
 @pytest.fixture(scope="module")
 def template():
     return compiled(trim_blocks=True, lstrip_blocks=True)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_model_path())
 
 
 def drawn_dialogues():
@@ -59,15 +53,6 @@ def test_whitespace_control_of_the_environment_does_not_matter(template):
 
     for dialogue in list(drawn_dialogues())[:50]:
         assert rendered(template, dialogue) == rendered(bare, dialogue)
-
-
-def test_transformers_renders_messages_as_the_corpus_writes_them(tokenizer):
-    for dialogue in drawn_dialogues():
-        text = tokenizer.apply_chat_template(
-            list(dialogue.messages), tools=list(dialogue.tools) or None, tokenize=False
-        )
-
-        assert corpus.written(dialogue) == text
 
 
 def test_every_assistant_turn_begins_with_the_generation_prompt(template):

@@ -1,0 +1,71 @@
+# Every target sets itself up first: it needs `python3 python3-venv make` and nothing else, and makes
+# its virtual environment in .venv. TORCH_INDEX=... names the index to take torch from.
+
+demo: ## Start every role on this machine, ask the shipped model a question and an errand, end
+	@tools/bootstrap.sh run
+	@$(BIN)/expertmesh demo --client examples/errand.py
+
+test: ## Run the tests: unit, ranks, conformance, and samples of the long matrix on a real cluster
+	@tools/bootstrap.sh dev
+	@$(PYTEST) -m "not gpu and not full" --durations=10
+
+test-unit: ## Run the unit tests only: no process, no socket
+	@tools/bootstrap.sh dev
+	@$(PYTEST) tests/unit
+
+test-full: ## Run the long matrix too
+	@tools/bootstrap.sh dev
+	@$(PYTEST) -m "not gpu" --durations=30
+
+test-gpu: ## Run what needs one or two GPUs; fails where there is none
+	@tools/bootstrap.sh dev
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU here")'
+	@$(PYTEST) -m gpu
+
+lint: ## Check format, lint, types, layers, generated code and the wire contracts
+	@tools/bootstrap.sh dev
+	@tools/lint.sh
+
+format: ## Bring the code into its format
+	@tools/bootstrap.sh dev
+	@$(BIN)/ruff format && $(BIN)/ruff check --fix
+
+pb: ## Generate cluster/pb from proto/
+	@tools/bootstrap.sh dev
+	@tools/generate_pb.sh
+
+bench: ## Compare this engine with transformers, with and without expert workers
+	@tools/bootstrap.sh dev
+	@$(BIN)/python -m tests.bench.bench_engines
+
+accept-demo: ## Measure the demo's time and memory; writes reports/demo.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.demo --json reports/demo.json
+
+accept-parity: ## Compare with transformers over the full matrix; writes reports/parity.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.parity --json reports/parity.json
+
+accept-disconnect: ## Let clients vanish 1,000 times; writes reports/disconnect.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.disconnect --json reports/disconnect.json
+
+accept-bench: ## As bench; writes reports/bench.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
+
+clean: ## Remove the virtual environment, caches and reports
+	rm -rf .venv reports .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+ACCEPT := tools/bootstrap.sh dev && mkdir -p reports
+export TORCH_INDEX
+
+.NOTPARALLEL:
+.PHONY: demo test test-unit test-full test-gpu lint format pb bench \
+	accept-demo accept-parity accept-disconnect accept-bench clean help
