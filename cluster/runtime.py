@@ -79,7 +79,7 @@ class RayRuntime:
                 self._gang(name, size, spec), placement_group_bundle_index=spec.id.rank
             )
             options["num_cpus"] = max(spec.num_cpus, _GANG_CPU)
-        actor = ray.remote(_Host).options(**options).remote(spec.body, *spec.arguments)
+        actor: Any = ray.remote(_Host).options(**options).remote(spec.body, *spec.arguments)
         process = _Process(actor, gang=spec.gang[0] if spec.gang else "")
         self._processes[spec.id] = process
         # A call that never returns: its end is the actor's end, noticed within milliseconds.
@@ -203,7 +203,7 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         "_node_ip_address": LOOPBACK,  # one machine: nothing listens for others
         "_system_config": {"enable_worker_prestart": False},
     }
-    context = ray.init(
+    context: Any = ray.init(
         address=address or "local",
         namespace=NAMESPACE,
         log_to_driver=logs_to_console,
@@ -219,7 +219,7 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
 
 def start_controller(body: type, *arguments: object, name: str) -> ControllerHandle:
     """Start the controller as a named actor and return a handle to it."""
-    actor = (
+    actor: Any = (
         ray.remote(body)
         .options(
             name=name,
@@ -234,7 +234,7 @@ def start_controller(body: type, *arguments: object, name: str) -> ControllerHan
 
 def node_address() -> str:
     """Return the address of this process's node, as the other nodes reach it."""
-    return str(ray.util.get_node_ip_address())
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def node_name() -> str:

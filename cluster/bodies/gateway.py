@@ -2,9 +2,6 @@
 
 import os
 
-from workers.gateway.options import GatewayOptions
-from workers.gateway.worker import GatewaySpec, GatewayWorker
-
 from cluster.bodies.process import LoopThread, Process
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
@@ -12,6 +9,8 @@ from cluster.endpoint import GatewayEndpoint
 from cluster.runtime import node_address, node_name
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
 from workers.dispatch.options import DispatchOptions
+from workers.gateway.options import GatewayOptions
+from workers.gateway.worker import GatewaySpec, GatewayWorker
 from workers.mesh import Rendezvous
 from workers.placement import MemberId, Role, View
 
@@ -79,7 +78,7 @@ class GatewayBody(Process):
         """Finish the running sequences, then close."""
         idle = self._worker.drain(deadline_s) if self._rank == 0 else True
         if self._endpoint is not None:
-            self._loop.run(self._endpoint.stop(), timeout_s=10.0)
+            self._loop.run(self._endpoint.close(), timeout_s=10.0)
         self._worker.close()
         return idle
 

@@ -86,7 +86,8 @@ def _check_parity(console: Console, directory: Path, model: ModelConfig) -> None
         from transformers import Qwen3_5MoeForCausalLM
 
         reference = Reference.load(checkpoint, model, context_tokens=_PARITY_TOKENS)
-    oracle = Qwen3_5MoeForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    oracle = Qwen3_5MoeForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    oracle.train(mode=False)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (_PARITY_TOKENS,), generator=draw)
     ours = reference.step([(0, ids.tolist(), 0)], num_logits=_PARITY_TOKENS)

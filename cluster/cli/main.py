@@ -3,6 +3,7 @@
 What needs torch or Ray is imported by the commands that use it: the others answer at once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -182,7 +183,7 @@ def run() -> int:
 
 
 def _configuration(
-    path: Path | None, settings: list[str] | None, given: dict[str, object]
+    path: Path | None, settings: list[str] | None, given: Mapping[str, object]
 ) -> ClusterConfig:
     """Read the file, then the options that were given, then `--set`, each over what was before."""
     options = [f"{key}={value}" for key, value in given.items() if value is not None]

@@ -131,5 +131,6 @@ def _member_message(
         endpoint=member.endpoint,
         num_slots=member.num_slots,
         slots_used=slots_used,
+        metrics=member.metrics,
         gateway_stats=None if stats is None else wire.stats_message(stats),
     )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/cluster.proto\x12\rexpertmesh.v1\"\x10\n\x0eGetViewRequest\"4\n\x0fGetViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x12\n\x10WatchViewRequest\"6\n\x11WatchViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x91\x01\n\x04View\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.expertmesh.v1.Member\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12)\n\x08\x63overage\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Coverage\"\x81\x02\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.expertmesh.v1.MemberState\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\x12\x11\n\tnum_slots\x18\x08 \x01(\r\x12\x12\n\nslots_used\x18\t \x01(\r\x12\x32\n\rgateway_stats\x18\n \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStats\"{\n\x08\x43overage\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x15\n\rnum_uncovered\x18\x03 \x01(\r\x12\x31\n\tuncovered\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.UncoveredExpert\"0\n\x0fUncoveredExpert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xc8\x03\n\x0cGatewayStats\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x19\n\x11state_blocks_used\x18\x05 \x01(\x04\x12\x1a\n\x12state_blocks_total\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x18\n\x10tokens_generated\x18\x08 \x01(\x04\x12\x18\n\x10tokens_prefilled\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x0f\n\x07resends\x18\x0b \x01(\x04\x12\x0e\n\x06hedges\x18\x0c \x01(\x04\x12\x10\n\x08parked_s\x18\r \x01(\x01\x12\x17\n\x0f\x64ispatch_wait_s\x18\x0e \x01(\x01\x12\x0e\n\x06step_s\x18\x0f \x01(\x01\x12\x45\n\x0erows_by_worker\x18\x10 \x03(\x0b\x32-.expertmesh.v1.GatewayStats.RowsByWorkerEntry\x1a\x33\n\x11RowsByWorkerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*p\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLLER\x10\x01\x12\x13\n\x0fROLE_FRONT_DOOR\x10\x02\x12\x10\n\x0cROLE_GATEWAY\x10\x03\x12\x16\n\x12ROLE_EXPERT_WORKER\x10\x04*\xa7\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMBER_STATE_JOINING\x10\x01\x12\x15\n\x11MEMBER_STATE_WARM\x10\x02\x12\x17\n\x13MEMBER_STATE_ACTIVE\x10\x03\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x04\x12\x15\n\x11MEMBER_STATE_GONE\x10\x05\x32\xac\x01\n\x0e\x43lusterService\x12H\n\x07GetView\x12\x1d.expertmesh.v1.GetViewRequest\x1a\x1e.expertmesh.v1.GetViewResponse\x12P\n\tWatchView\x12\x1f.expertmesh.v1.WatchViewRequest\x1a .expertmesh.v1.WatchViewResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/cluster.proto\x12\rexpertmesh.v1\"\x10\n\x0eGetViewRequest\"4\n\x0fGetViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x12\n\x10WatchViewRequest\"6\n\x11WatchViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x91\x01\n\x04View\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.expertmesh.v1.Member\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12)\n\x08\x63overage\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Coverage\"\x92\x02\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.expertmesh.v1.MemberState\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\x12\x11\n\tnum_slots\x18\x08 \x01(\r\x12\x12\n\nslots_used\x18\t \x01(\r\x12\x32\n\rgateway_stats\x18\n \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStats\x12\x0f\n\x07metrics\x18\x0b \x01(\t\"{\n\x08\x43overage\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x15\n\rnum_uncovered\x18\x03 \x01(\r\x12\x31\n\tuncovered\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.UncoveredExpert\"0\n\x0fUncoveredExpert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xc8\x03\n\x0cGatewayStats\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x19\n\x11state_blocks_used\x18\x05 \x01(\x04\x12\x1a\n\x12state_blocks_total\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x18\n\x10tokens_generated\x18\x08 \x01(\x04\x12\x18\n\x10tokens_prefilled\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x0f\n\x07resends\x18\x0b \x01(\x04\x12\x0e\n\x06hedges\x18\x0c \x01(\x04\x12\x10\n\x08parked_s\x18\r \x01(\x01\x12\x17\n\x0f\x64ispatch_wait_s\x18\x0e \x01(\x01\x12\x0e\n\x06step_s\x18\x0f \x01(\x01\x12\x45\n\x0erows_by_worker\x18\x10 \x03(\x0b\x32-.expertmesh.v1.GatewayStats.RowsByWorkerEntry\x1a\x33\n\x11RowsByWorkerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*p\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLLER\x10\x01\x12\x13\n\x0fROLE_FRONT_DOOR\x10\x02\x12\x10\n\x0cROLE_GATEWAY\x10\x03\x12\x16\n\x12ROLE_EXPERT_WORKER\x10\x04*\xa7\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMBER_STATE_JOINING\x10\x01\x12\x15\n\x11MEMBER_STATE_WARM\x10\x02\x12\x17\n\x13MEMBER_STATE_ACTIVE\x10\x03\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x04\x12\x15\n\x11MEMBER_STATE_GONE\x10\x05\x32\xac\x01\n\x0e\x43lusterService\x12H\n\x07GetView\x12\x1d.expertmesh.v1.GetViewRequest\x1a\x1e.expertmesh.v1.GetViewResponse\x12P\n\tWatchView\x12\x1f.expertmesh.v1.WatchViewRequest\x1a .expertmesh.v1.WatchViewResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._loaded_options = None
   _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1236
-  _globals['_ROLE']._serialized_end=1348
-  _globals['_MEMBERSTATE']._serialized_start=1351
-  _globals['_MEMBERSTATE']._serialized_end=1518
+  _globals['_ROLE']._serialized_start=1253
+  _globals['_ROLE']._serialized_end=1365
+  _globals['_MEMBERSTATE']._serialized_start=1368
+  _globals['_MEMBERSTATE']._serialized_end=1535
   _globals['_GETVIEWREQUEST']._serialized_start=46
   _globals['_GETVIEWREQUEST']._serialized_end=62
   _globals['_GETVIEWRESPONSE']._serialized_start=64
@@ -48,15 +48,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VIEW']._serialized_start=195
   _globals['_VIEW']._serialized_end=340
   _globals['_MEMBER']._serialized_start=343
-  _globals['_MEMBER']._serialized_end=600
-  _globals['_COVERAGE']._serialized_start=602
-  _globals['_COVERAGE']._serialized_end=725
-  _globals['_UNCOVEREDEXPERT']._serialized_start=727
-  _globals['_UNCOVEREDEXPERT']._serialized_end=775
-  _globals['_GATEWAYSTATS']._serialized_start=778
-  _globals['_GATEWAYSTATS']._serialized_end=1234
-  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_start=1183
-  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_end=1234
-  _globals['_CLUSTERSERVICE']._serialized_start=1521
-  _globals['_CLUSTERSERVICE']._serialized_end=1693
+  _globals['_MEMBER']._serialized_end=617
+  _globals['_COVERAGE']._serialized_start=619
+  _globals['_COVERAGE']._serialized_end=742
+  _globals['_UNCOVEREDEXPERT']._serialized_start=744
+  _globals['_UNCOVEREDEXPERT']._serialized_end=792
+  _globals['_GATEWAYSTATS']._serialized_start=795
+  _globals['_GATEWAYSTATS']._serialized_end=1251
+  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_start=1200
+  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_end=1251
+  _globals['_CLUSTERSERVICE']._serialized_start=1538
+  _globals['_CLUSTERSERVICE']._serialized_end=1710
 # @@protoc_insertion_point(module_scope)

@@ -185,6 +185,7 @@ class Member(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     SLOTS_USED_FIELD_NUMBER: _builtins.int
     GATEWAY_STATS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     incarnation: _builtins.int
     role: Global___Role.ValueType
@@ -195,6 +196,8 @@ class Member(_message.Message):
     num_slots: _builtins.int
     """Of an expert worker: places for experts, and how many the placement fills."""
     slots_used: _builtins.int
+    metrics: _builtins.str
+    """HOST:PORT of its Prometheus page."""
     @_builtins.property
     def gateway_stats(self) -> Global___GatewayStats:
         """Of a gateway that this front door is connected to: its latest word."""
@@ -212,10 +215,11 @@ class Member(_message.Message):
         num_slots: _builtins.int = ...,
         slots_used: _builtins.int = ...,
         gateway_stats: Global___GatewayStats | None = ...,
+        metrics: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gateway_stats", b"gateway_stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "name", b"name", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "role", b"role", "slots_used", b"slots_used", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "metrics", b"metrics", "name", b"name", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "role", b"role", "slots_used", b"slots_used", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
