@@ -77,14 +77,15 @@ class GatewayEngine:
         self._scheduler = Scheduler(options.scheduler)
         self._requests: dict[str, list[Sequence]] = {}  # with unfinished sequences
         self._samplers: dict[Sequence, SamplerState] = {}
-        self._ended: list[tuple[Sequence, FinishReason]] = []  # cancelled, or over when they came
+        self._over: list[Sequence] = []  # resumed with all their tokens there already
+        self._aborted: set[Sequence] = set()  # hold their blocks until the step's end
         self._num_submitted = 0
         self._counters = _Counters()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._requests)
+        return bool(self._requests or self._aborted)
 
     def submit(self, request: Request) -> None:
         """Queue a request; its events come out of later steps.
@@ -113,17 +114,18 @@ class GatewayEngine:
             self._requests[request.request_id] = sequences
             for sequence in sequences:
                 if sequence.finish is not None:
-                    self._ended.append((sequence, sequence.finish))
+                    self._over.append(sequence)
                 else:
                     self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Cancel what is unfinished of a request; nothing happens if there is nothing."""
+        """Cancel what is unfinished of a request: no further event of it comes.
+
+        Its id is free at once, its blocks are when the running step ends. An unknown id is no
+        error: the request may just have ended.
+        """
         with self._lock:
-            self._ended.extend(
-                (sequence, FinishReason.CANCELLED)
-                for sequence in self._requests.get(request_id, ())
-            )
+            self._aborted.update(self._requests.pop(request_id, ()))
 
     def step(self) -> list[TokenEvent]:
         """Run one step and return what it brought, in order for each sequence.
@@ -142,7 +144,11 @@ class GatewayEngine:
                 raise GatewayFailedError(f"all requests fail, at last: {computed.failed[-1][1]!r}")
             with self._lock:
                 events += computed.events
-                events += [self._fail(sequence, error) for sequence, error in computed.failed]
+                events += [
+                    self._end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+                    for sequence, error in computed.failed
+                    if sequence not in self._aborted
+                ]
                 events += self._reap()
         self._counters.steps += 1
         self._counters.step_s += self._clock.now_s() - started_s
@@ -234,8 +240,10 @@ class GatewayEngine:
             return None
         self._counters.tokens_generated += 1
         self._samplers[sequence].append(choice.token_id)
+        if sequence in self._aborted:
+            return None
         if reason is not None:
-            self._end(sequence, reason)
+            self._free(sequence, reason)
         is_first = first_index == 0 and sequence.prompt_logprobs is not None
         return TokenEvent(
             request_id=sequence.request.request_id,
@@ -250,50 +258,40 @@ class GatewayEngine:
         )
 
     def _reap(self) -> list[TokenEvent]:
-        """End what was cancelled, and what was resumed with all its tokens there already."""
-        events = []
-        for sequence, reason in self._ended:
-            if sequence not in self._requests.get(sequence.request.request_id, ()):
-                continue  # it ended by itself, or was cancelled twice
+        """Free what was aborted; return the events of what came with all its tokens."""
+        for sequence in self._aborted:
             if sequence.finish is None:
-                self._end(sequence, reason)
-            else:
-                self._forget(sequence)
-            events.append(_last_event(sequence, reason))
-        self._ended.clear()
-        return events
+                self._free(sequence, FinishReason.CANCELLED)
+        over = [sequence for sequence in self._over if sequence not in self._aborted]
+        self._over.clear()
+        self._aborted.clear()
+        return [self._end(sequence, sequence.finish) for sequence in over if sequence.finish]
 
-    def _fail(self, sequence: Sequence, error: Exception) -> TokenEvent:
-        self._end(sequence, FinishReason.ERROR)
-        return _last_event(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> TokenEvent:
+        """End a sequence without a further token."""
+        self._free(sequence, reason)
+        return TokenEvent(
+            request_id=sequence.request.request_id,
+            sequence_index=sequence.index,
+            assignment=sequence.request.assignment,
+            first_token_index=sequence.num_completion,
+            token_ids=(),
+            finish=reason,
+            stop_token_id=sequence.tokens[-1] if reason is FinishReason.STOP else None,
+            error=error,
+        )
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._scheduler.finish(sequence, reason)
+    def _free(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Free what a sequence holds, and its request's id with the last one."""
+        if sequence.finish is None:
+            self._scheduler.finish(sequence, reason)
         self._samplers.pop(sequence, None)
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        """Drop the request when none of its sequences is left."""
         request_id = sequence.request.request_id
-        left = [s for s in self._requests[request_id] if s is not sequence]
-        if left:
-            self._requests[request_id] = left
-        else:
-            del self._requests[request_id]
-
-
-def _last_event(sequence: Sequence, reason: FinishReason, error: str = "") -> TokenEvent:
-    """Return the event of a sequence that ends without a further token."""
-    return TokenEvent(
-        request_id=sequence.request.request_id,
-        sequence_index=sequence.index,
-        assignment=sequence.request.assignment,
-        first_token_index=sequence.num_completion,
-        token_ids=(),
-        finish=reason,
-        stop_token_id=sequence.tokens[-1] if reason is FinishReason.STOP else None,
-        error=error,
-    )
+        siblings = self._requests.get(request_id, [])
+        if sequence in siblings:  # else it was aborted, and the id may be another request's
+            siblings.remove(sequence)
+            if not siblings:
+                del self._requests[request_id]
 
 
 def _check(request: Request, options: EngineOptions) -> None:

@@ -1,0 +1,122 @@
+"""What one rank computes with: its weights, its caches and the decoder over both."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from workers.dispatch.base import Dispatcher
+from workers.dispatch.local import LocalDispatcher
+from workers.gateway.lockstep import Forward
+from workers.gateway.options import GatewayOptions, MemoryReport
+from workers.mesh import TensorParallelGroup
+from workers.model.cache import SequenceCache, kv_bytes_per_token, state_bytes_per_sequence
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig
+from workers.model.decoder import Decoder, DecoderOptions
+from workers.model.experts import ExpertShard
+from workers.model.gate import GateProbe
+from workers.model.kernels import choose_kernels
+from workers.model.layers import ROW_TILE
+from workers.model.memory import expert_bytes, rank_bytes
+from workers.model.weights import load_decoder, load_expert
+from workers.placement import ExpertId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankModel:
+    """A rank that can compute."""
+
+    decoder: Decoder
+    cache: SequenceCache
+    dispatcher: Dispatcher
+    memory: MemoryReport
+
+    @property
+    def forward(self) -> Forward:
+        """Run one batch over this rank's cache."""
+        return partial(self.decoder.forward, cache=self.cache)
+
+
+def load_rank(
+    model_dir: Path,
+    config: ModelConfig,
+    options: GatewayOptions,
+    group: TensorParallelGroup,
+    dispatcher: Dispatcher | None = None,
+    *,
+    probe: GateProbe | None = None,
+) -> RankModel:
+    """Read a rank's weights and take its caches; without a dispatcher, all routed experts too.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete or damaged.
+    """
+    device, dtype = torch.device(options.device), options.compute_dtype
+    with Checkpoint(model_dir) as checkpoint:
+        parameters = load_decoder(
+            checkpoint, config, rank=group.rank, size=group.size, dtype=dtype, device=device
+        )
+        memory = _memory(config, options, group, num_experts=0)
+        if dispatcher is None:
+            dispatcher = load_local_experts(checkpoint, config, options)
+            num_experts = config.num_layers * config.num_experts
+            memory = _memory(config, options, group, num_experts=num_experts)
+    decoder = Decoder(
+        config,
+        parameters,
+        group,
+        dispatcher,
+        kernels=choose_kernels(device),
+        options=DecoderOptions(bit_stable=options.bit_stable, micro_batches=options.micro_batches),
+        probe=probe,
+    )
+    cache = SequenceCache(
+        config,
+        num_kv_blocks=options.scheduler_options(config).num_kv_blocks,
+        block_tokens=options.block_tokens,
+        num_state_blocks=options.max_sequences,
+        tp_size=group.size,
+        rank=group.rank,
+        dtype=dtype,
+        device=device,
+    )
+    return RankModel(decoder=decoder, cache=cache, dispatcher=dispatcher, memory=memory)
+
+
+def load_local_experts(
+    checkpoint: Checkpoint, config: ModelConfig, options: GatewayOptions
+) -> LocalDispatcher:
+    """Read every routed expert into this process."""
+    device, dtype = torch.device(options.device), options.compute_dtype
+    ids = [
+        ExpertId(layer, expert)
+        for layer in range(config.num_layers)
+        for expert in range(config.num_experts)
+    ]
+    shard = ExpertShard(
+        len(ids),
+        config.hidden_size,
+        config.moe_intermediate_size,
+        dtype=dtype,
+        device=device,
+        row_tile=ROW_TILE if options.bit_stable else None,
+    )
+    for slot, id_ in enumerate(ids):
+        weights = load_expert(checkpoint, config, id_.layer, id_.expert, dtype=dtype, device=device)
+        shard.write(slot, weights)
+    return LocalDispatcher(shard, {id_: slot for slot, id_ in enumerate(ids)})
+
+
+def _memory(
+    config: ModelConfig, options: GatewayOptions, group: TensorParallelGroup, *, num_experts: int
+) -> MemoryReport:
+    size, dtype = group.size, options.compute_dtype
+    kv_tokens = options.scheduler_options(config).num_kv_blocks * options.block_tokens
+    return MemoryReport(
+        weights_bytes=rank_bytes(config, group.rank, size, dtype),
+        experts_bytes=num_experts * expert_bytes(config, dtype),
+        kv_bytes=kv_tokens * kv_bytes_per_token(config, size, dtype),
+        state_bytes=options.max_sequences * state_bytes_per_sequence(config, size, dtype),
+    )

@@ -1,0 +1,276 @@
+"""One rank of a gateway: from its stores to its threads. A plain class; Ray wraps it at the edge.
+
+The ranks are brought up in steps, each on all of them: `open`, `join` (together), `load`, `adopt`,
+`start`. Rank 0 then runs the engine, the others follow it.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from workers.clock import Clock, SystemClock
+from workers.dispatch.exchange import LinkDispatcher
+from workers.dispatch.options import MessageShape
+from workers.errors import DrainingError
+from workers.gateway.clients import Clients, Sink
+from workers.gateway.engine import EngineOptions, GatewayEngine
+from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, StoreVote
+from workers.gateway.options import GatewayOptions, MemoryReport
+from workers.gateway.rank import RankModel, load_rank
+from workers.mesh import Rendezvous, TensorParallelGroup
+from workers.model.config import ModelConfig
+from workers.placement import MemberId, View
+from workers.types import GatewayStats, Request
+
+IDLE_S = 0.5  # how often an idle rank 0 tells the others that it lives, and sees that they do
+VOTE_S = 5.0  # how long a rank whose step failed waits to hear that all others' did
+CLOSE_S = 5.0  # how long a thread may take to end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySpec:
+    """One rank of one gateway: who it is and where it runs; `host` is this node's address."""
+
+    member: MemberId
+    rank: int
+    size: int
+    host: str
+    model_dir: str
+    options: GatewayOptions
+
+
+class GatewayWorker:
+    """One rank of one gateway.
+
+    `submit`, `abort`, `stats`, `drain` and `turn` are rank 0's. All calls but `turn` may come from
+    any thread once `start` has returned.
+    """
+
+    def __init__(self, spec: GatewaySpec, *, clock: Clock | None = None) -> None:
+        self._spec = spec
+        self._options = spec.options
+        self._clock = clock or SystemClock()
+        self._config = ModelConfig.load(Path(spec.model_dir))
+        self._config.check_tensor_parallel(spec.size)
+        self._links: LinkDispatcher | None = None
+        self._store: dist.TCPStore | None = None  # of the tensor-parallel group
+        self._group: TensorParallelGroup | None = None
+        self._model: RankModel | None = None
+        self._leader: Leader | None = None
+        self._engine: GatewayEngine | None = None
+        self._follower: Follower | None = None
+        self._thread: threading.Thread | None = None
+        self._clients = Clients()
+        self._changed = threading.Condition()  # over the three below; also tells of new work
+        self._draining = False
+        self._closing = False
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why this rank has stopped for good; None while it runs."""
+        return self._failure
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank runs and has every expert in reach."""
+        running = self._thread is not None and self._failure is None
+        return running and (self._links is None or self._links.ready)
+
+    def open(self) -> str:
+        """Start this rank's link store and return its HOST:PORT; empty with local experts."""
+        torch.set_num_threads(self._options.num_threads)
+        if self._options.local_experts:
+            return ""
+        self._links = LinkDispatcher(
+            self._spec.member,
+            self._spec.rank,
+            shape=MessageShape(
+                hidden_size=self._config.hidden_size,
+                top_k=self._config.num_experts_per_token,
+                dtype=self._options.compute_dtype,
+            ),
+            options=self._options.dispatch,
+            host=self._spec.host,
+            clock=self._clock,
+        )
+        return self._links.store_address
+
+    def rendezvous(self) -> Rendezvous:
+        """Start the store over which the ranks meet; rank 0 only."""
+        assert self._spec.rank == 0
+        self._store = dist.TCPStore(self._spec.host, 0, is_master=True, wait_for_workers=False)
+        return Rendezvous(self._spec.host, self._store.port, f"tp/{self._spec.member}")
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Meet the other ranks; returns on all of them once all have come."""
+        spec, timeout_s = self._spec, self._options.group_timeout_s
+        if spec.size == 1:
+            self._group = TensorParallelGroup()
+            return
+        if self._store is None:
+            timeout = timedelta(seconds=timeout_s)
+            self._store = dist.TCPStore(rendezvous.host, rendezvous.port, timeout=timeout)
+        self._group = TensorParallelGroup(
+            spec.rank,
+            spec.size,
+            rendezvous,
+            timeout_s=timeout_s,
+            device=torch.device(self._options.device),
+        )
+
+    def load(self) -> MemoryReport:
+        """Read this rank's weights, take its caches and build what computes.
+
+        Raises:
+            CheckpointError: The checkpoint is incomplete or damaged.
+        """
+        assert self._group is not None
+        model_dir = Path(self._spec.model_dir)
+        model = load_rank(model_dir, self._config, self._options, self._group, self._links)
+        vote: FailureVote = LoneVote()
+        if self._spec.size > 1:
+            assert self._store is not None
+            vote = StoreVote(self._store, self._spec.rank, self._spec.size, VOTE_S)
+        if self._spec.rank == 0:
+            self._leader = Leader(self._group, model.forward, model.cache, vote)
+            self._engine = GatewayEngine(self._engine_options(), self._leader, self._clock)
+        else:
+            self._follower = Follower(self._group, model.forward, model.cache, vote)
+        self._model = model
+        return model.memory
+
+    def adopt(self, view: View) -> None:
+        """Take a newer View; older ones are ignored."""
+        if self._links is not None:
+            self._links.adopt(view)
+
+    def start(self) -> None:
+        """Begin to serve (rank 0) or to follow (the others), in a thread of its own."""
+        body = self._lead if self._spec.rank == 0 else self._follow
+        self._thread = threading.Thread(
+            target=self._run, args=(body,), name="gateway-steps", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Take a request; its events go to `sink` in the engine's thread, which it must not hold.
+
+        A sink that raises has lost its client: the request is aborted.
+
+        Raises:
+            InvalidRequestError: The request breaks a limit of the model or of this gateway.
+            DuplicateRequestError: A request with this id is running.
+            OverloadedError: Too many sequences wait.
+            DrainingError: This gateway takes no new requests, or has failed.
+        """
+        assert self._engine is not None
+        with self._changed:
+            if self._draining or self._failure is not None:
+                raise DrainingError(self._failure or "this gateway takes no new requests")
+            self._clients.add(request, sink)  # before the engine can bring an event
+            try:
+                self._engine.submit(request)
+            except Exception:
+                self._clients.drop(request.request_id)
+                raise
+            self._changed.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """Free a request within one step; no event of it comes after this. Unknown ids are fine."""
+        assert self._engine is not None
+        with self._changed:
+            self._clients.drop(request_id)
+            self._engine.abort(request_id)
+            self._changed.notify_all()
+
+    def stats(self) -> GatewayStats:
+        """Return the gateway's load and counters; of the dispatchers, those of rank 0."""
+        assert self._engine is not None
+        stats = self._engine.stats()
+        if self._links is None:
+            return stats
+        counters = self._links.stats()
+        return replace(
+            stats,
+            resends=counters["resends"],
+            hedges=counters["hedges"],
+            parked_s=counters["parked_s"],
+            dispatch_wait_s=counters["wait_s"],
+            rows_by_worker=dict(counters["rows_by_worker"]),
+        )
+
+    def turn(self) -> None:
+        """Take one step; or, with nothing to do, show the other ranks a sign of life and wait."""
+        assert self._engine is not None
+        assert self._leader is not None
+        if self._engine.has_work:
+            for request_id in self._clients.deliver(self._engine.step()):
+                self._engine.abort(request_id)
+            return
+        self._leader.idle()
+        with self._changed:
+            self._changed.notify_all()  # whoever drains
+            self._changed.wait_for(self._is_wanted, IDLE_S)
+
+    def drain(self, deadline_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; return whether all have ended."""
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(self._is_drained, deadline_s)
+            return not self._clients
+
+    def close(self) -> None:
+        """End the threads, links and stores of this rank, whatever is still running."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+        if self._group is not None:
+            self._group.close()
+        if self._links is not None:
+            self._links.close()
+        self._store = None
+
+    def _engine_options(self) -> EngineOptions:
+        return EngineOptions(
+            scheduler=self._options.scheduler_options(self._config),
+            vocab_size=self._config.vocab_size,
+            context_tokens=self._options.context_of(self._config),
+            max_waiting=self._options.max_waiting,
+        )
+
+    def _run(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except Exception as error:  # noqa: BLE001 - whatever it is, this rank is at its end
+            assert self._group is not None
+            with self._changed:
+                if not self._closing:
+                    self._failure = f"{type(error).__name__}: {error}"
+                self._changed.notify_all()
+            self._group.close()  # so that the other ranks notice
+
+    def _lead(self) -> None:
+        assert self._leader is not None
+        while not self._closing:
+            self.turn()
+        self._leader.stop()
+
+    def _follow(self) -> None:
+        assert self._follower is not None
+        while self._follower.follow():
+            pass
+
+    def _is_wanted(self) -> bool:
+        assert self._engine is not None
+        return self._closing or self._engine.has_work
+
+    def _is_drained(self) -> bool:
+        return not self._clients or self._failure is not None
