@@ -71,6 +71,8 @@ class OutputParser:
     def __init__(self, *, in_reasoning: bool, tools: Mapping[str, Mapping[str, Any]]) -> None:
         self._tools = tools
         self._state = _State.REASONING if in_reasoning else _State.CONTENT
+        self._may_open = in_reasoning
+        self._may_close = False
         self._text = ""  # not yet told apart
         self._at_boundary = in_reasoning  # newlines that come next belong to the format
         self._newlines = ""  # held back: they may precede a marker
@@ -105,10 +107,11 @@ class OutputParser:
 
     def _reason(self, delta: Delta) -> bool:
         markers = (_END_THINK, _CALL) if self._tools else (_END_THINK,)
-        if self._at_boundary:  # a template that does not open the reasoning itself
+        if self._may_open:  # a template that does not open the reasoning itself
             start = self._text.lstrip(_NEWLINES)
-            if start and start != _THINK and _THINK.startswith(start):
+            if start != _THINK and _THINK.startswith(start):
                 return False
+            self._may_open = False
             self._text = start.removeprefix(_THINK)
         marker = self._release_up_to(markers, delta)
         if marker is None:
@@ -120,10 +123,11 @@ class OutputParser:
         return True
 
     def _read_content(self, delta: Delta) -> bool:
-        if self._at_boundary and self.num_calls:  # the closing tag of a call that is complete
+        if self._may_close:  # the closing tag of a call that is complete
             start = self._text.lstrip()
-            if start and _END_CALL.startswith(start) and start != _END_CALL:
+            if start != _END_CALL and _END_CALL.startswith(start):
                 return False
+            self._may_close = False
             if start.startswith(_END_CALL):
                 self._text = start.removeprefix(_END_CALL)
         if not self._tools:
@@ -147,7 +151,7 @@ class OutputParser:
             self._text = self._text[len(marker) :]
             return True
         self._state = _State.CONTENT
-        self._newlines, self._at_boundary = "", True
+        self._newlines, self._at_boundary, self._may_close = "", True, True
         self._text = self._text[call.end :]
         self.num_calls += 1
         arguments = typed_arguments(call.values, self._tools.get(call.name, {}))
@@ -263,10 +267,11 @@ def _types_of(schema: object) -> frozenset[str]:
     """Return the JSON types that a schema allows; none when it does not say."""
     if not isinstance(schema, Mapping):
         return frozenset()
-    named = schema.get("type", ())
-    types = {named} if isinstance(named, str) else {t for t in named if isinstance(t, str)}
+    named = schema.get("type")
+    types = {t for t in (named if isinstance(named, list) else [named]) if isinstance(t, str)}
     for key in ("anyOf", "oneOf", "allOf"):
-        for option in schema.get(key, ()):
+        options = schema.get(key)
+        for option in options if isinstance(options, list) else []:
             types |= _types_of(option)
     return frozenset(types)
 

@@ -20,15 +20,9 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError("tokenizer.json: only the ByteLevel decoder is supported")
-        byte_of = {char: byte for byte, char in _byte_characters().items()}
-        vocabulary = backend.get_vocab(with_added_tokens=True)
         self._backend = backend
-        self._bytes: list[bytes] = [b""] * (max(vocabulary.values()) + 1)
-        for token, token_id in vocabulary.items():
-            try:
-                self._bytes[token_id] = bytes(byte_of[char] for char in token)
-            except KeyError:  # an added token is written as it reads
-                self._bytes[token_id] = token.encode()
+        self._byte_of = {char: byte for byte, char in _byte_characters().items()}
+        self._bytes: dict[int, bytes] = {}  # of the tokens seen so far
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
@@ -59,7 +53,15 @@ class Tokenizer:
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return what a token stands for; empty for an id that the vocabulary leaves unused."""
-        return self._bytes[token_id] if token_id < len(self._bytes) else b""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._backend.id_to_token(token_id) or ""
+            try:
+                known = bytes(self._byte_of[char] for char in token)
+            except KeyError:  # an added token is written as it reads
+                known = token.encode()
+            self._bytes[token_id] = known
+        return known
 
 
 class Detokenizer:
