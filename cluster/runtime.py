@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import logging
 import queue
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -203,6 +204,7 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         "_node_ip_address": LOOPBACK,  # one machine: nothing listens for others
         "_system_config": {"enable_worker_prestart": False},
     }
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     context: Any = ray.init(
         address=address or "local",
         namespace=NAMESPACE,
@@ -211,6 +213,8 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         configure_logging=True,
         **({} if address else local),
     )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray puts its own in their place
     try:
         yield str(context.address_info["session_dir"])
     finally:
