@@ -29,8 +29,13 @@ class TensorParallelGroup:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, rendezvous: Rendezvous | None = None, *,
-        timeout_s: float = 60.0, device: torch.device | None = None,
+        self,
+        rank: int = 0,
+        size: int = 1,
+        rendezvous: Rendezvous | None = None,
+        *,
+        timeout_s: float = 60.0,
+        device: torch.device | None = None,
     ) -> None:
         if size > 1 and rendezvous is None:
             raise AssertionError("a group of several ranks needs a rendezvous")
@@ -43,7 +48,9 @@ class TensorParallelGroup:
             store = dist.PrefixStore(
                 rendezvous.prefix,
                 dist.TCPStore(
-                    rendezvous.host, rendezvous.port, is_master=False,
+                    rendezvous.host,
+                    rendezvous.port,
+                    is_master=False,
                     timeout=timedelta(seconds=timeout_s),
                 ),
             )
@@ -73,8 +80,10 @@ class TensorParallelGroup:
         share = sent[0].shape[0]
         # All ranks; each sends one chunk to every other. Ends by the group's deadline.
         self._group.alltoall_base(
-            received.view(self.size * share, -1), x_RD.contiguous().view(self.size * share, -1),
-            [], [],
+            received.view(self.size * share, -1),
+            x_RD.contiguous().view(self.size * share, -1),
+            [],
+            [],
         ).wait()
         total = received[0]
         for part in received[1:]:
@@ -127,19 +136,38 @@ class TensorParallelGroup:
         self._host.broadcast([body], options).wait()  # all ranks, rank 0 is the source
         return payload if payload is not None else body.numpy().tobytes()
 
+    def close(self) -> None:
+        """Leave the group: the others' calls raise within milliseconds; none may follow here."""
+        self._host = self._group = None
+
+
+def make_gloo_device(host: str) -> object:
+    """Make the device (one epoll thread) that the Gloo groups of a process may share.
+
+    It is bound to this node's address: the default device binds whatever the host name resolves
+    to, often loopback.
+    """
+    return dist.ProcessGroupGloo.create_device(hostname=host)
+
 
 def make_gloo_group(
-    store: dist.Store, rank: int, size: int, host: str, timeout_s: float
+    store: dist.Store,
+    rank: int,
+    size: int,
+    host: str,
+    timeout_s: float,
+    *,
+    device: object | None = None,
+    num_threads: int = 1,
 ) -> dist.ProcessGroup:
-    """Open a Gloo group over its own store prefix, bound to this node's address.
+    """Open a Gloo group over its own store prefix, on a device of its own unless one is given.
 
-    The default device binds whatever the host name resolves to, often loopback, so the device is
-    named; one thread serves all pairs of the group. Raises RuntimeError when a peer does not come
-    within `timeout_s`.
+    `num_threads` run its collectives; point-to-point needs none. Raises RuntimeError when a peer
+    does not come within `timeout_s`.
     """
     options = dist.ProcessGroupGloo._Options()  # noqa: SLF001 - private; has a contract test
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
-    options._threads = 1  # noqa: SLF001
+    options._devices = [device or make_gloo_device(host)]  # noqa: SLF001
+    options._threads = num_threads  # noqa: SLF001
     options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
     return dist.ProcessGroupGloo(store, rank, size, options)
 

@@ -1,0 +1,161 @@
+"""A link between two GPUs: values over NCCL, and a Gloo link beside it that says what comes.
+
+NCCL has neither tags nor a receive from anybody, and does not report a dead peer. So header, ids
+and weights travel as a *doorbell* over a `GlooLink` of the same pair, and only the values over
+NCCL, in buckets of a power of two of rows, one group for each direction (on one communicator a
+reply would queue behind the next receive). A side receives only what a doorbell announced, and a
+call is sent only on a buffer that the other side has free, so no kernel waits for an idle peer.
+Death is seen by the doorbell's connection or by the deadline; the groups are then aborted from a
+helper thread, since an abort may block. Source: reference to torchft's ProcessGroupNCCL.
+
+Not run where this was written: there was no GPU.
+"""
+
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from workers.clock import Clock, SystemClock
+from workers.dispatch.gloo_link import GlooLink
+from workers.dispatch.header import Frame, Header, ReplyFrame, RequestFrame
+from workers.dispatch.options import LinkTerms
+from workers.errors import LinkClosedError
+
+# What a process that opens NCCL links must have in its environment before it imports torch: by
+# default the library kills the process when an operation fails or is late.
+NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "10",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    "NCCL_MAX_NCHANNELS": "2",
+    "NCCL_BUFFSIZE": "1048576",
+}
+
+_POLL_S = 20e-6
+
+
+def bucket_of(num_rows: int, capacity_rows: int) -> int:
+    """Return how many rows travel for `num_rows`: the next power of two, at most the capacity."""
+    return min(capacity_rows, 1 << max(0, num_rows - 1).bit_length())
+
+
+def open_nccl_link(
+    doorbell: GlooLink,
+    store: dist.Store,
+    rank: int,
+    terms: LinkTerms,
+    device: torch.device,
+    timeout_s: float,
+) -> "NcclLink":
+    """Open both NCCL groups of a link whose doorbell is open; the worker does the same.
+
+    Raises RuntimeError when the peer does not come within `timeout_s`.
+    """
+    requests = _open_group(dist.PrefixStore("requests", store), rank, device, timeout_s)
+    replies = _open_group(dist.PrefixStore("replies", store), rank, device, timeout_s)
+    outgoing, incoming = (requests, replies) if rank == 0 else (replies, requests)
+    return NcclLink(doorbell, outgoing, incoming, rank, terms, device, SystemClock())
+
+
+def _open_group(store: dist.Store, rank: int, device: torch.device, timeout_s: float) -> Any:
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
+    options.config.blocking = False
+    options.config.max_ctas = 2  # small kernels, so that links do not wait for each other's
+    group = nccl(store, rank, 2, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
+class NcclLink:
+    """A `Link` whose frames hold their values in GPU memory."""
+
+    def __init__(
+        self,
+        doorbell: GlooLink,
+        outgoing: Any,
+        incoming: Any,
+        rank: int,
+        terms: LinkTerms,
+        device: torch.device,
+        clock: Clock,
+    ) -> None:
+        self.incarnation = doorbell.incarnation
+        self._doorbell = doorbell
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._peer = 1 - rank
+        self._terms = terms
+        self._device = device
+        self._clock = clock
+        self._receives = torch.cuda.Stream(device)
+        self._sends: dict[int, Any] = {}
+        self._closed = threading.Event()
+
+    def send(self, frame: Frame, header: Header) -> None:
+        """See `Link`. The values are taken in the order of the current stream."""
+        if header.num_rows:
+            header = header._replace(capacity=bucket_of(header.num_rows, frame.capacity))
+            values = frame.values_CH[: header.capacity].view(torch.uint8)
+            try:
+                self._sends[header.buffer] = self._outgoing.send([values], self._peer, 0)
+            except RuntimeError as error:
+                raise LinkClosedError(f"the link broke: {error}") from error
+        self._doorbell.send(frame, header)
+
+    def receive(self, frame: Frame) -> Header:
+        """See `Link`. The values are in place when this returns."""
+        header = self._doorbell.receive(frame)
+        self._sends.pop(header.buffer, None)
+        if header.num_rows:
+            self._receive_values(frame, header.capacity)
+        return header
+
+    def _receive_values(self, frame: Frame, num_rows: int) -> None:
+        deadline_s = self._clock.now_s() + self._terms.link_timeout_s
+        arrived = torch.cuda.Event()
+        try:
+            with torch.cuda.stream(self._receives):
+                values = frame.values_CH[:num_rows].view(torch.uint8)
+                self._incoming.recv([values], self._peer, 0).wait()  # makes the stream wait
+                arrived.record()
+            while not arrived.query():
+                if self._closed.is_set() or self._clock.now_s() > deadline_s:
+                    raise LinkClosedError("the values of a message did not arrive")
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            self.close()
+            raise LinkClosedError(f"the link broke: {error}") from error
+        except LinkClosedError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """See `Link`. The groups are aborted in the background."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._doorbell.close()
+        threading.Thread(target=self._abort, name="nccl-abort", daemon=True).start()
+
+    def _abort(self) -> None:
+        for group in (self._outgoing, self._incoming):
+            group.abort()
+
+    def request_frame(self, capacity_rows: int | None = None) -> RequestFrame:
+        """See `Link`."""
+        capacity = self._terms.capacity_rows if capacity_rows is None else capacity_rows
+        return RequestFrame(self._terms.shape, capacity, device=self._device)
+
+    def reply_frame(self) -> ReplyFrame:
+        """See `Link`."""
+        return ReplyFrame(self._terms.shape, self._terms.capacity_rows, device=self._device)

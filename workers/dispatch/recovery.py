@@ -1,0 +1,278 @@
+"""What became of one dispatched layer: attempts, replies, and what must be sent again. Pure.
+
+The pairs (row, expert) of a layer are covered by *attempts*, one message each. Attempts are
+alternatives: what an attempt leaves open, because its link broke, its worker answered STALE or it
+is overdue, becomes a *group* of new attempts that cover exactly those pairs. So a cover is complete
+and disjoint by construction: an attempt's own reply, together with a group for what it left out,
+or else one of its groups. The first complete cover wins whole; what comes later is dropped.
+
+No thread, no clock, no tensor: time and replies are arguments, a payload is anything. The
+exchange runs this over links, the simulator over a simulated network.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.placement import MemberId
+
+NO_EXPERT = -1
+
+
+@dataclass(slots=True, eq=False)
+class Pairs:
+    """Pairs (row, expert) of one layer.
+
+    `rows_R` indexes the rows of the layer, None for all of them in order; `ids_RK` holds -1 where
+    a row's expert is not among the pairs, and bit k of `masks_R` says the same of expert k.
+    """
+
+    rows_R: NDArray[np.int64] | None
+    ids_RK: NDArray[np.int32]
+    masks_R: NDArray[np.uint32]
+
+    def only(self, masks_R: NDArray[np.uint32]) -> "Pairs":
+        """Return the pairs that are in `masks_R`, a part of these."""
+        kept = np.flatnonzero(masks_R)
+        bits_K = np.left_shift(np.uint32(1), np.arange(self.ids_RK.shape[1], dtype=np.uint32))
+        named_RK = (masks_R[kept, None] & bits_K) != 0
+        ids_RK = np.where(named_RK, self.ids_RK[kept], NO_EXPERT).astype(np.int32)
+        return Pairs(kept if self.rows_R is None else self.rows_R[kept], ids_RK, masks_R[kept])
+
+    def within(self, outer: "Pairs") -> "Pairs":
+        """Return these pairs, whose rows count the rows of `outer`, in rows of the layer."""
+        if outer.rows_R is None:
+            return self
+        rows_R = outer.rows_R if self.rows_R is None else outer.rows_R[self.rows_R]
+        return Pairs(rows_R, self.ids_RK, self.masks_R)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One message to one worker over one incarnation of its link."""
+
+    message_id: int
+    worker: MemberId
+    incarnation: int
+    pairs: Pairs
+    number: int
+    sent_s: float
+    deadline_s: float
+    payload: Any = None
+    answered: bool = False
+    lost: bool = False
+    covered: bool = False
+    group: "Group | None" = None
+    groups: list["Group"] = field(default_factory=list)
+    winner: "Group | None" = None  # what covers it, or what its own reply left out
+
+    @property
+    def needed(self) -> bool:
+        """Whether its reply can still become part of the result."""
+        at: Attempt | None = self
+        while at is not None and at.group is not None:
+            if at.covered or at.group.dropped:
+                return False
+            at = at.group.parent
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One way to cover some pairs: attempts, and what awaits a worker (`waiting`)."""
+
+    waiting: Pairs | None
+    number: int = 1
+    parent: Attempt | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+    num_open: int = 0
+    dropped: bool = False
+
+    @property
+    def covered(self) -> bool:
+        """Whether every pair of the group is summed by exactly one reply in hand."""
+        return self.waiting is None and self.num_open == 0
+
+
+class LayerCall:
+    """The state of one dispatched layer (of one micro-batch)."""
+
+    def __init__(self, layer: int, pairs: Pairs) -> None:
+        self.layer = layer
+        self.root = Group(waiting=pairs)
+        self.outstanding: dict[int, Attempt] = {}
+        self.accepted: list[Attempt] = []
+        self.complete = False
+        self._unplanned: list[Group] = [self.root]
+
+    def needs(self) -> list[Group]:
+        """Return the groups with waiting pairs: to be planned now, or parked."""
+        if not self._unplanned or self.complete:
+            return []
+        self._unplanned = [g for g in self._unplanned if g.waiting is not None and not g.dropped]
+        return list(self._unplanned)
+
+    def place(self, group: Group, attempts: Sequence[Attempt], rest: Pairs | None) -> None:
+        """Record that waiting pairs are on their way; `rest` has no worker yet and stays parked."""
+        group.waiting = rest
+        for attempt in attempts:
+            attempt.group = group
+            group.attempts.append(attempt)
+            group.num_open += 1
+            self.outstanding[attempt.message_id] = attempt
+        if group.covered:
+            self._settle(group)
+
+    def reply(
+        self,
+        message_id: int,
+        worker: MemberId,
+        incarnation: int,
+        summed_R: NDArray[np.uint32],
+        payload: Any,
+    ) -> Attempt | None:
+        """Take a reply; returns its attempt when it was accepted, None when it must be dropped.
+
+        Accepted iff the attempt is outstanding on this incarnation of the link, its pairs are not
+        covered otherwise, and the reply sums nothing that was not asked for. What it left out is
+        waiting afterwards.
+        """
+        attempt = self.outstanding.get(message_id)
+        if attempt is None or attempt.worker != worker or attempt.incarnation != incarnation:
+            return None
+        left_R = attempt.pairs.masks_R ^ summed_R
+        if self.complete or not attempt.needed or (left_R & summed_R).any():
+            return None
+        del self.outstanding[message_id]
+        attempt.answered = True
+        attempt.payload = payload
+        self.accepted.append(attempt)
+        if left_R.any():
+            for group in attempt.groups:  # a cover of all of it no longer goes with this reply
+                group.dropped = True
+            self._add_group(attempt, attempt.pairs.only(left_R))
+        else:
+            self._cover(attempt)
+        return attempt
+
+    def link_lost(self, worker: MemberId, incarnation: int) -> list[Attempt]:
+        """Give up what is outstanding on a link; its pairs are waiting afterwards."""
+        lost = [
+            a for a in self.outstanding.values()
+            if a.worker == worker and a.incarnation == incarnation
+        ]  # fmt: skip
+        for attempt in lost:
+            self.give_up(attempt)
+        return lost
+
+    def give_up(self, attempt: Attempt) -> None:
+        """Give up one outstanding attempt, unless something still stands in for it."""
+        self.outstanding.pop(attempt.message_id, None)
+        attempt.lost = True
+        if self.complete or not attempt.needed or any(not g.dropped for g in attempt.groups):
+            return
+        group = attempt.group
+        assert group is not None
+        if group.parent is not None and not group.parent.answered and not group.parent.lost:
+            group.dropped = True  # a hedge that failed: its original is still awaited
+        else:
+            self._add_group(attempt, attempt.pairs)
+
+    def overdue(self, now_s: float) -> list[Attempt]:
+        """Return the outstanding attempts whose deadline has passed."""
+        return [a for a in self.outstanding.values() if a.deadline_s <= now_s and a.needed]
+
+    def next_deadline_s(self) -> float:
+        """Return when the next attempt is overdue; infinity when none is awaited."""
+        return min(
+            (a.deadline_s for a in self.outstanding.values() if a.needed), default=float("inf")
+        )
+
+    def hedge(self, attempt: Attempt) -> Group:
+        """Open a second way to cover an outstanding attempt; whichever is complete first wins."""
+        return self._add_group(attempt, attempt.pairs)
+
+    def cover(self) -> Iterator[Attempt]:
+        """Yield the attempts whose replies make the result, in the order of sending."""
+        assert self.complete
+        yield from _cover_of(self.root)
+
+    def _add_group(self, attempt: Attempt, pairs: Pairs) -> Group:
+        group = Group(waiting=pairs, number=attempt.number + 1, parent=attempt)
+        attempt.groups.append(group)
+        self._unplanned.append(group)
+        return group
+
+    def _cover(self, attempt: Attempt) -> None:
+        attempt.covered = True
+        group = attempt.group
+        assert group is not None
+        group.num_open -= 1
+        if group.covered:
+            self._settle(group)
+
+    def _settle(self, group: Group) -> None:
+        parent = group.parent
+        if parent is None:
+            self.complete = True
+        elif not group.dropped and not parent.covered:
+            parent.winner = group
+            self._cover(parent)
+
+
+def _cover_of(group: Group) -> Iterator[Attempt]:
+    for attempt in group.attempts:
+        if attempt.answered:
+            yield attempt
+        if attempt.winner is not None:
+            yield from _cover_of(attempt.winner)
+
+
+class AnswerTimes:
+    """How long a worker takes to answer, by size of call; gives its deadline.
+
+    The deadline is `factor` times the 99th percentile of the last 128 answers of that size class
+    (powers of two of rows), at least `least_s`; `first_s` before the first eight.
+    """
+
+    def __init__(self, *, factor: float, least_s: float, first_s: float) -> None:
+        self._factor = factor
+        self._least_s = least_s
+        self._first_s = first_s
+        self._taken_s: dict[int, deque[float]] = {}
+        self._num_answers: dict[int, int] = {}
+        self._deadline_s: dict[int, float] = {}
+
+    def record(self, num_rows: int, taken_s: float) -> None:
+        """Add an answer."""
+        size = num_rows.bit_length()
+        taken = self._taken_s.setdefault(size, deque(maxlen=128))
+        taken.append(taken_s)
+        count = self._num_answers[size] = self._num_answers.get(size, 0) + 1
+        if count == 8 or count % 32 == 0:
+            p99_s = sorted(taken)[(len(taken) - 1) * 99 // 100]
+            self._deadline_s[size] = max(self._least_s, self._factor * p99_s)
+
+    def deadline_s(self, num_rows: int) -> float:
+        """Return how long a call of this many rows may take before its worker is suspect."""
+        return self._deadline_s.get(num_rows.bit_length(), self._first_s)
+
+
+class HedgeBudget:
+    """Limits hedges to a share of the calls, beyond a handful to begin with."""
+
+    def __init__(self, share: float, first: int = 16) -> None:
+        self._share = share
+        self._first = first
+        self.num_calls = 0
+        self.num_hedges = 0
+
+    def take(self) -> bool:
+        """Whether one more hedge is within the budget; counts it if so."""
+        allowed = self.num_hedges < self._first + self._share * self.num_calls
+        self.num_hedges += allowed
+        return allowed

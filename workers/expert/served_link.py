@@ -1,0 +1,69 @@
+"""The worker's side of one link: frames to receive into, frames to answer from."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from workers.dispatch.header import Header, Kind, ReplyFrame, RequestFrame
+from workers.dispatch.link import Link
+from workers.errors import DispatchError
+from workers.placement import MemberId
+
+
+class ServedLink:
+    """A link to one gateway rank, with the frames of its calls.
+
+    The gateway has at most `num_buffers` calls on a link, and uses a buffer again only when its
+    reply is consumed; so there is always a frame to receive into and one to answer from.
+    """
+
+    def __init__(self, gateway: MemberId, rank: int, link: Link, num_buffers: int) -> None:
+        self.gateway = gateway
+        self.rank = rank
+        self.link = link
+        self._spare_frames = deque(link.request_frame() for _ in range(num_buffers + 1))
+        self._reply_frames: dict[int, ReplyFrame] = {}
+
+    def receive(self, num_layers: int) -> tuple[Header, RequestFrame] | None:
+        """Wait for the next call, answering PINGs; None when the gateway says BYE.
+
+        Raises LinkClosedError as `Link.receive` does, and DispatchError for a call that cannot be.
+        """
+        while True:
+            frame = self._spare_frames.popleft()
+            header = self.link.receive(frame)
+            if header.kind == Kind.DATA:
+                if header.layer >= num_layers:
+                    raise DispatchError(f"a call of layer {header.layer} of {num_layers}")
+                return header, frame
+            self._spare_frames.append(frame)
+            if header.kind == Kind.BYE:
+                return None
+            if header.kind != Kind.PING:
+                raise DispatchError(f"a message of kind {header.kind} where a call was due")
+            self.link.send(self.reply_frame(header.buffer), header._replace(kind=Kind.PONG))
+
+    def reply_frame(self, buffer: int) -> ReplyFrame:
+        """Return the frame from which a call on this buffer is answered."""
+        frame = self._reply_frames.get(buffer)
+        if frame is None:
+            frame = self._reply_frames[buffer] = self.link.reply_frame()
+        return frame
+
+    def release(self, frame: RequestFrame) -> None:
+        """Give back the frame of a call; before the call is answered."""
+        self._spare_frames.append(frame)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A call that arrived and waits to be computed."""
+
+    served: ServedLink
+    header: Header
+    frame: RequestFrame
+    arrived_s: float
+
+    @property
+    def batch_key(self) -> tuple[int, int]:
+        """Layer index and flags: calls that agree in both are computed together."""
+        return self.header.layer, self.header.flags

@@ -1,0 +1,104 @@
+"""Which slot holds which expert, read under leases and changed without disturbing anybody.
+
+A computation takes a lease, resolves its experts under it, and returns it when its results are
+out. A slot is overwritten in this order: unmap (new leases no longer see it), wait until every
+lease that was taken before is back, write, verify, map. So nothing is ever written under a lease.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.clock import Clock
+from workers.errors import CheckpointError, DeadlineError
+from workers.placement import ExpertId
+
+NO_SLOT = -1
+
+
+class SlotTable:
+    """The map from expert to slot of one worker. Any thread may call anything."""
+
+    def __init__(self, *, num_slots: int, num_layers: int, num_experts: int, clock: Clock) -> None:
+        self.num_slots = num_slots
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._slots_LE = np.full((num_layers, num_experts), NO_SLOT, dtype=np.int64)
+        self._expert_of: dict[int, ExpertId] = {}
+        self._leases: set[int] = set()
+        self._next_lease = 0
+
+    @contextmanager
+    def lease(self) -> Iterator[NDArray[np.int64]]:
+        """Hold a lease and yield slots_LE as it is now, -1 where an expert is not here.
+
+        The table is never changed in place, so it stays what it was under the lease.
+        """
+        with self._changed:
+            lease = self._next_lease
+            self._next_lease += 1
+            self._leases.add(lease)
+            slots_LE = self._slots_LE
+        try:
+            yield slots_LE
+        finally:
+            with self._changed:
+                self._leases.remove(lease)
+                self._changed.notify_all()
+
+    def held(self) -> Mapping[ExpertId, int]:
+        """Return the slot of every expert that is mapped."""
+        with self._changed:
+            return {expert: slot for slot, expert in self._expert_of.items()}
+
+    def overwrite(
+        self,
+        slot: int,
+        expert: ExpertId,
+        *,
+        write: Callable[[], None],
+        verify: Callable[[], bool],
+        timeout_s: float,
+    ) -> None:
+        """Replace what is in a slot by another expert.
+
+        Raises DeadlineError, with the slot left unmapped, when a lease is not back within
+        `timeout_s`, and CheckpointError, likewise, when what was written does not verify.
+        """
+        if not 0 <= slot < self.num_slots:
+            raise CheckpointError(f"slot {slot} of {self.num_slots} for {expert}")
+        self.unmap(slot, timeout_s)
+        write()
+        if not verify():
+            raise CheckpointError(f"{expert} in slot {slot} does not compute what it should")
+        self._map(slot, expert)
+
+    def unmap(self, slot: int, timeout_s: float) -> None:
+        """Take an expert out of use and wait until nobody computes with its slot any more.
+
+        Raises DeadlineError when a lease is not back within `timeout_s`.
+        """
+        deadline_s = self._clock.now_s() + timeout_s
+        with self._changed:
+            expert = self._expert_of.pop(slot, None)
+            if expert is not None and self._slots_LE[expert.layer, expert.expert] == slot:
+                self._change(expert, NO_SLOT)
+            before = frozenset(self._leases)
+            while before & self._leases:
+                left_s = deadline_s - self._clock.now_s()
+                if left_s <= 0:
+                    raise DeadlineError(f"slot {slot} is still being read")
+                self._changed.wait(left_s)
+
+    def _map(self, slot: int, expert: ExpertId) -> None:
+        with self._changed:
+            self._expert_of[slot] = expert
+            self._change(expert, slot)
+
+    def _change(self, expert: ExpertId, slot: int) -> None:
+        slots_LE = self._slots_LE.copy()
+        slots_LE[expert.layer, expert.expert] = slot
+        self._slots_LE = slots_LE

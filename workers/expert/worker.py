@@ -1,0 +1,280 @@
+"""The expert worker: answers calls of any number of gateways, computing together what waits.
+
+A thread per link receives and queues. Whoever then finds nobody computing computes: the thread
+that received the call, at once and without handing it over, when the worker is idle; else the
+compute thread, for all that came meanwhile. So there is one computation at a time over everything
+that waits, and a lone call pays for no extra thread switch. Nothing waits for a gateway.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from workers.clock import Clock
+from workers.dispatch.header import Status
+from workers.dispatch.options import LinkTerms
+from workers.dispatch.rendezvous import LinkOpener
+from workers.errors import LinkClosedError
+from workers.expert.batching import into_batches
+from workers.expert.compute import Answer, compute_batch
+from workers.expert.followers import Followers
+from workers.expert.served_link import Call
+from workers.expert.slots import SlotTable
+from workers.model.checkpoint import Checkpoint
+from workers.model.config import ModelConfig
+from workers.model.experts import ExpertShard
+from workers.model.layers import ROW_TILE
+from workers.model.parameters import ExpertParameters
+from workers.model.weights import load_expert
+from workers.placement import ExpertId, MemberId, View
+from workers.types import WorkerStats
+
+_IDLE_TURN_S = 1.0
+_QUIET_S = 0.2  # a draining worker is idle when no call has come for so long
+_PROBE_ROWS = 2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What the operator may set about an expert worker.
+
+    `capacity_rows` is the longest message that it accepts; `num_threads` 0 leaves torch's choice.
+    """
+
+    bit_stable: bool = False
+    capacity_rows: int = 512
+    num_threads: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    connect_timeout_s: float = 10.0
+    lease_timeout_s: float = 30.0
+
+
+class ExpertWorker:
+    """One expert worker: slots with weights, links to gateways, one computation at a time."""
+
+    def __init__(
+        self,
+        member: MemberId,
+        *,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        num_slots: int,
+        options: WorkerOptions,
+        host: str,
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._options = options
+        self._clock = clock
+        self._device = torch.device(options.device)
+        self._dtype: torch.dtype = getattr(torch, options.dtype)
+        self._shard = ExpertShard(
+            num_slots,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            dtype=self._dtype,
+            device=self._device,
+            row_tile=ROW_TILE if options.bit_stable else None,
+        )
+        self._slots = SlotTable(
+            num_slots=num_slots,
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            clock=clock,
+        )
+        self._queue: deque[Call] = deque()
+        self._computing = threading.Lock()
+        self._waiting = threading.Event()
+        self._started = self._closed = self._draining = False
+        self._last_call_s = clock.now_s()
+        self._counts = dict.fromkeys(("calls", "rows", "pairs", "stale_answers", "batches"), 0)
+        self._compute_s = 0.0
+        self.failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
+        self._followers = Followers(
+            member,
+            opener=LinkOpener(host, options.device, options.connect_timeout_s),
+            refuse=self._refuse,
+            deliver=self._deliver,
+            num_layers=config.num_layers,
+            clock=clock,
+        )
+
+    def load(self, assignment: Mapping[ExpertId, int]) -> None:
+        """Bring the named slots to the named experts, while calls go on; others stay as they are.
+
+        Raises CheckpointError when an expert cannot be read or does not compute what it should.
+        """
+        held = self._slots.held()
+        for expert, slot in sorted(assignment.items(), key=lambda item: item[1]):
+            if held.get(expert) != slot:
+                self._load_one(expert, slot)
+
+    def unload(self, slots: Mapping[ExpertId, int]) -> None:
+        """Take experts out of use: rows for them are answered STALE from now on."""
+        held = self._slots.held()
+        for expert, slot in slots.items():
+            if held.get(expert) == slot:
+                self._slots.unmap(slot, self._options.lease_timeout_s)
+
+    def held(self) -> Mapping[ExpertId, int]:
+        """Return the slot of every expert in use."""
+        return self._slots.held()
+
+    def adopt(self, view: View) -> None:
+        """Take a View if it is newer: links to its gateways open in the background."""
+        self._followers.adopt(view)
+
+    def start(self) -> None:
+        """Begin to compute; calls that came before wait until then."""
+        if self._options.num_threads:
+            torch.set_num_threads(self._options.num_threads)
+        self._started = True
+        self._thread.start()
+        self._waiting.set()
+
+    def stats(self) -> WorkerStats:
+        """Return the worker's load and counters."""
+        oldest = next(iter(self._queue.copy()), None)
+        return WorkerStats(
+            slots_used=len(self._slots.held()),
+            slots_total=self._slots.num_slots,
+            links=self._followers.num_links,
+            queue_age_s=self._clock.now_s() - oldest.arrived_s if oldest else 0.0,
+            compute_s=self._compute_s,
+            **self._counts,
+        )
+
+    def drain(self, deadline_s: float) -> bool:
+        """Tell gateways to prefer others, and go on serving until no more calls come.
+
+        Returns whether the worker fell idle within `deadline_s`.
+        """
+        self._draining = True
+        end_s = self._clock.now_s() + deadline_s
+        pause = threading.Event()
+        while self._queue or self._clock.now_s() - self._last_call_s < _QUIET_S:
+            if self._clock.now_s() >= end_s:
+                return False
+            pause.wait(_QUIET_S / 10)
+        return True
+
+    def close(self) -> None:
+        """Close all links and stop; calls that wait are not answered."""
+        self._closed = True
+        self._waiting.set()
+        self._followers.close()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_IDLE_TURN_S)
+
+    def _refuse(self, terms: LinkTerms) -> str:
+        """Say why a link's terms cannot be accepted; "" when they can."""
+        ours = (self._config.hidden_size, self._config.num_experts_per_token, self._options.dtype)
+        theirs = (terms.hidden_size, terms.top_k, terms.dtype)
+        if theirs != ours:
+            return f"rows (hidden size, top k, dtype) are {theirs}, here {ours}"
+        if terms.capacity_rows > self._options.capacity_rows:
+            return f"capacity_rows {terms.capacity_rows}, here {self._options.capacity_rows}"
+        return ""
+
+    def _deliver(self, call: Call) -> None:
+        """Queue a call, in its link's thread, and compute it here if nobody is computing."""
+        self._last_call_s = call.arrived_s
+        self._queue.append(call)
+        if not self._started or not self._computing.acquire(blocking=False):
+            return  # whoever is computing looks at the queue once more when done
+        try:
+            self._compute()
+        finally:
+            self._computing.release()
+        if self._queue:
+            self._waiting.set()
+
+    def _run(self) -> None:
+        """Body of the compute thread: takes over when calls came during a computation."""
+        while not self._closed:
+            if self._waiting.wait(_IDLE_TURN_S):
+                self._waiting.clear()
+                while self._queue and not self._closed:
+                    with self._computing:
+                        self._compute()
+
+    def _compute(self) -> None:
+        """Compute and answer everything that waits; the caller holds `_computing`."""
+        calls = []
+        while self._queue:
+            calls.append(self._queue.popleft())
+        if not calls:
+            return
+        started_s = self._clock.now_s()
+        try:
+            with self._slots.lease() as slots_LE, torch.inference_mode():
+                for batch in into_batches(calls):
+                    layer = batch[0].header.layer
+                    answers = compute_batch(batch, self._shard, slots_LE[layer], self._device)
+                    self._send(answers)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            log.exception("the worker fails: its calls go to other replicas")
+            self._fail()
+            raise
+        self._compute_s += self._clock.now_s() - started_s
+
+    def _send(self, answers: list[Answer]) -> None:
+        status = Status.DRAINING if self._draining else Status.OK
+        self._counts["batches"] += 1
+        for answer in answers:
+            self._counts["calls"] += 1
+            self._counts["rows"] += answer.call.header.num_rows
+            self._counts["pairs"] += answer.num_pairs
+            self._counts["stale_answers"] += answer.is_stale
+            served = answer.call.served
+            served.release(answer.call.frame)
+            header = answer.header._replace(status=status, queue_depth=min(len(self._queue), 65535))
+            try:
+                served.link.send(answer.frame, header)
+            except LinkClosedError as error:
+                log.info("no answer to %s rank %d: %s", served.gateway, served.rank, error)
+
+    def _fail(self) -> None:
+        """Close the links, so that gateways send what waits here to other replicas."""
+        self._closed = True
+        threading.Thread(target=self._followers.close, name="closing", daemon=True).start()
+
+    def _load_one(self, expert: ExpertId, slot: int) -> None:
+        parameters = load_expert(
+            self._checkpoint,
+            self._config,
+            expert.layer,
+            expert.expert,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        self._slots.overwrite(
+            slot,
+            expert,
+            write=lambda: self._shard.write(slot, parameters),
+            verify=lambda: self._verify(slot, parameters),
+            timeout_s=self._options.lease_timeout_s,
+        )
+
+    def _verify(self, slot: int, parameters: ExpertParameters) -> bool:
+        """Whether a slot computes, on a few rows, what the parameters say."""
+        generator = torch.Generator().manual_seed(slot)
+        x_RD = torch.randn(_PROBE_ROWS, self._config.hidden_size, generator=generator)
+        x_RD = x_RD.to(self._device, self._dtype)
+        gate, up = functional.linear(x_RD, parameters.gate_up).chunk(2, -1)
+        wanted_RD = functional.linear(functional.silu(gate) * up, parameters.down).float()
+        rows_P = torch.arange(_PROBE_ROWS, device=self._device)
+        got_RD = self._shard.forward(x_RD, rows_P, [slot], [0, _PROBE_ROWS]).float()
+        tolerance = 8 * torch.finfo(self._dtype).eps ** 0.5 * wanted_RD.abs().max().item()
+        return bool((got_RD - wanted_RD).abs().max() <= tolerance)
