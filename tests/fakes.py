@@ -88,6 +88,16 @@ class FakeGateway:
         with self._lock:
             return len(self._running)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether there is work and all of it waits for `go_on`."""
+        with self._lock:
+            return bool(self._running) and all(
+                index in running.ended or position == self._hold_after
+                for running in self._running.values()
+                for index, position in enumerate(running.positions)
+            )
+
     def go_on(self) -> None:
         self._hold_after = None
 

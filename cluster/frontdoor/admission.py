@@ -248,8 +248,9 @@ class Admission:
         self._note()
 
         def started() -> None:
-            self._waiting.discard(key)
-            self._note()
+            if key in self._waiting:
+                self._waiting.remove(key)
+                self._note()
 
         try:
             yield started

@@ -140,7 +140,7 @@ class GatewaySession:
 
     async def _serve(self, stub: "gateway_pb2_grpc.GatewayServiceAsyncStub") -> None:
         """Open the stream and read it until it breaks."""
-        reason = "the gateway ended the stream"
+        reason = ""  # this end closes it
         self._outgoing = asyncio.Queue()
         self._send(
             gateway_pb2.SessionRequest(hello=gateway_pb2.Hello(front_door=self._options.name))
@@ -150,6 +150,7 @@ class GatewaySession:
         try:
             async for response in call:
                 self._receive(response)
+            reason = "the gateway ended the stream"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         finally:
@@ -190,7 +191,7 @@ class GatewaySession:
                 pass  # a kind of report that this version does not know
 
     def _disconnected(self, reason: str) -> None:
-        if self.is_connected:
+        if self.is_connected and reason:
             _log.warning("gateway lost", gateway=str(self.member.id), reason=reason)
         self.is_connected = False
         seats, self._seats = self._seats, {}

@@ -1,0 +1,224 @@
+"""Who is let in: the rules of each field, the bounds of the queue, and who calls."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.frontdoor.admission import Admission, Job, check
+from cluster.frontdoor.auth import Authenticator
+from cluster.frontdoor.gateways import GatewayLoad, choose_gateway
+from cluster.frontdoor.metrics import NoMetrics
+from cluster.frontdoor.options import FrontDoorOptions
+from workers.errors import (
+    DrainingError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    OverloadedError,
+    UnauthenticatedError,
+)
+from workers.placement import MemberId
+from workers.types import Output, Request, Sampling, Stopping
+
+NAN = float("nan")
+GOOD = Job(
+    request=Request(
+        request_id="r",
+        prompt_token_ids=(1, 2, 3),
+        sampling=Sampling(seed=1),
+        stopping=Stopping(max_tokens=7, stop_token_ids=(4,)),
+    ),
+    stop_strings=("end",),
+)
+
+
+def job(*, sampling=None, stopping=None, output=None, request=None, **fields):
+    """Return the good job with some fields changed."""
+    inner = replace(
+        GOOD.request,
+        sampling=replace(GOOD.request.sampling, **(sampling or {})),
+        stopping=replace(GOOD.request.stopping, **(stopping or {})),
+        output=replace(Output(), **(output or {})),
+        **(request or {}),
+    )
+    return replace(GOOD, request=inner, **fields)
+
+
+def check_job(candidate):
+    check(candidate, FrontDoorOptions(), context_tokens=10, vocab_size=100)
+
+
+REFUSED = [
+    ("sampling.temperature", {"sampling": {"temperature": -0.1}}),
+    ("sampling.temperature", {"sampling": {"temperature": 101.0}}),
+    ("sampling.temperature", {"sampling": {"temperature": NAN}}),
+    ("sampling.top_p", {"sampling": {"top_p": 0.0}}),
+    ("sampling.top_p", {"sampling": {"top_p": 1.5}}),
+    ("sampling.top_p", {"sampling": {"top_p": NAN}}),
+    ("sampling.top_k", {"sampling": {"top_k": -1}}),
+    ("sampling.top_k", {"sampling": {"top_k": 101}}),
+    ("sampling.min_p", {"sampling": {"min_p": -0.1}}),
+    ("sampling.min_p", {"sampling": {"min_p": 1.1}}),
+    ("sampling.presence_penalty", {"sampling": {"presence_penalty": 2.1}}),
+    ("sampling.frequency_penalty", {"sampling": {"frequency_penalty": -2.1}}),
+    ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 0.0}}),
+    ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": float("inf")}}),
+    ("sampling.logit_bias[100]", {"sampling": {"logit_bias": ((100, 1.0),)}}),
+    ("sampling.logit_bias[5]", {"sampling": {"logit_bias": ((5, 101.0),)}}),
+    ("sampling.logit_bias", {"sampling": {"logit_bias": ((5, 1.0),) * 1025}}),
+    ("sampling.num_sequences", {"request": {"num_sequences": 0}}),
+    ("sampling.num_sequences", {"request": {"num_sequences": 17}}),
+    ("stopping.max_tokens", {"stopping": {"max_tokens": 0}}),
+    ("stopping.max_tokens", {"stopping": {"max_tokens": 8}}),
+    ("stopping.min_tokens", {"stopping": {"min_tokens": 8}}),
+    ("stopping.stop_token_ids[0]", {"stopping": {"stop_token_ids": (100,)}}),
+    ("stopping.stop_token_ids", {"stopping": {"stop_token_ids": (1,) * 1025}}),
+    ("stopping.stop_strings[1]", {"stop_strings": ("a", "")}),
+    ("stopping.stop_strings[0]", {"stop_strings": ("a" * 257,)}),
+    ("stopping.stop_strings", {"stop_strings": ("a",) * 17}),
+    ("output.logprobs", {"output": {"logprobs": 21}}),
+    ("output.prompt_logprobs", {"output": {"prompt_logprobs": 21}}),
+    ("text", {"request": {"prompt_token_ids": ()}}),
+    ("messages", {"request": {"prompt_token_ids": (1,) * 10}, "prompt_field": "messages"}),
+    (
+        "token_ids.ids[1]",
+        {"request": {"prompt_token_ids": (1, 100)}, "prompt_field": "token_ids.ids"},
+    ),
+    ("request_id", {"request": {"request_id": "r" * 129}}),
+    ("resume_window_s", {"resume_window_s": -1.0}),
+    ("resume_window_s", {"resume_window_s": NAN}),
+    ("resume_from", {"request": {"emitted": ((1,) * 8,)}}),
+    ("resume_from", {"request": {"emitted": ((100,),)}}),
+]
+
+
+@pytest.mark.parametrize(("field", "change"), REFUSED)
+def test_each_rule_names_the_field_that_breaks_it(field, change):
+    with pytest.raises(InvalidRequestError) as refusal:
+        check_job(job(**change))
+    assert [v.field for v in refusal.value.violations] == [field]
+    assert len(refusal.value.violations[0].description) > 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"sampling": {"temperature": 0.0, "top_p": 1.0, "top_k": 100, "min_p": 1.0}},
+        {"sampling": {"presence_penalty": -2.0, "frequency_penalty": 2.0}},
+        {"sampling": {"logit_bias": ((99, -100.0),), "repetition_penalty": 10.0}},
+        {"stopping": {"min_tokens": 7}},
+        {"output": {"logprobs": 0, "prompt_logprobs": 20}},
+        {"request": {"emitted": ((1,) * 7,)}, "resume_window_s": 3600.0},
+        {"request": {"num_sequences": 16}},
+    ],
+)
+def test_the_ends_of_each_range_are_allowed(change):
+    check_job(job(**change))
+
+
+def test_all_wrong_fields_are_named_at_once():
+    with pytest.raises(InvalidRequestError) as refusal:
+        check_job(job(sampling={"top_p": 2.0, "min_p": 2.0}, request={"prompt_token_ids": ()}))
+    fields = [v.field for v in refusal.value.violations]
+    assert fields == ["sampling.top_p", "sampling.min_p", "text"]
+
+
+class Load(NoMetrics):
+    def __init__(self):
+        self.seen = []
+
+    def load_changed(self, in_flight, waiting):
+        self.seen.append((in_flight, waiting))
+
+
+def test_places_are_taken_and_given_back():
+    load = Load()
+    admission = Admission(FrontDoorOptions(), load)
+    with admission.admitted("a", is_resumed=False) as started:
+        started()
+    assert load.seen == [(1, 1), (1, 0), (0, 0)]
+
+
+def test_a_request_id_in_flight_is_a_duplicate():
+    admission = Admission(FrontDoorOptions(), NoMetrics())
+    with admission.admitted("a", is_resumed=False):
+        with pytest.raises(DuplicateRequestError), admission.admitted("a", is_resumed=True):
+            pass
+        assert admission.num_running == 1
+    with admission.admitted("a", is_resumed=False):
+        pass
+
+
+@pytest.mark.parametrize("bound", ["max_waiting", "max_requests"])
+def test_a_full_queue_refuses_new_requests_and_never_resumed_ones(bound):
+    admission = Admission(FrontDoorOptions(**{bound: 1}, retry_after_s=3.0), NoMetrics())
+    with admission.admitted("a", is_resumed=False) as started:
+        with pytest.raises(OverloadedError, match="the queue is full: 1 requests") as refusal:
+            admission.check_room()
+        assert refusal.value.retry_after_s == 3.0
+        with admission.admitted("b", is_resumed=True):
+            assert admission.num_running == 2
+        started()
+        if bound == "max_waiting":
+            admission.check_room()
+
+
+async def test_draining_refuses_everybody_and_waits_for_the_rest():
+    admission = Admission(FrontDoorOptions(), NoMetrics())
+    with admission.admitted("a", is_resumed=False):
+        admission.is_draining = True
+        with pytest.raises(DrainingError):
+            admission.check_room(is_resumed=True)
+        assert not await admission.wait_idle(0.0)
+    assert await admission.wait_idle(0.0)
+
+
+KEYS = (("secret-a", "alpha"), ("secret-b", "beta"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "peer", "tenant"),
+    [
+        ([("x-api-key", "secret-a")], "ipv4:10.0.0.1:5", "alpha"),
+        ([("authorization", "Bearer secret-b")], "ipv4:10.0.0.1:5", "beta"),
+        ([("authorization", "bearer secret-b")], "ipv4:127.0.0.1:5", "beta"),
+        ([], "ipv4:127.0.0.1:5", ""),
+        ([], "ipv6:%5B::1%5D:5", ""),
+        ([], "unix:", ""),
+    ],
+)
+def test_a_key_names_its_tenant(metadata, peer, tenant):
+    assert Authenticator(KEYS, loopback_without_key=True).tenant(metadata, peer) == tenant
+
+
+@pytest.mark.parametrize(
+    ("metadata", "peer", "loopback_without_key"),
+    [
+        ([], "ipv4:10.0.0.1:5", True),
+        ([], "ipv4:127.0.0.1:5", False),
+        ([("x-api-key", "secret")], "ipv4:127.0.0.1:5", True),
+        ([("authorization", "Basic secret-a")], "ipv4:10.0.0.1:5", True),
+    ],
+)
+def test_without_a_known_key_nobody_comes_in(metadata, peer, loopback_without_key):
+    authenticator = Authenticator(KEYS, loopback_without_key=loopback_without_key)
+    with pytest.raises(UnauthenticatedError, match="API key"):
+        authenticator.tenant(metadata, peer)
+
+
+def test_where_no_keys_are_set_everybody_may_call():
+    authenticator = Authenticator((), loopback_without_key=False)
+    assert authenticator.tenant([("x-api-key", "whatever")], "ipv4:10.0.0.1:5") == ""
+
+
+def test_the_gateway_with_the_fewest_outstanding_tokens_is_chosen():
+    a, b, c = (MemberId(f"gateway-{i}", 1) for i in range(3))
+    loads = [
+        GatewayLoad(id=a, outstanding_tokens=30),
+        GatewayLoad(id=c, outstanding_tokens=20),
+        GatewayLoad(id=b, outstanding_tokens=20),
+    ]
+    assert choose_gateway(loads) == b
+    assert choose_gateway(loads, {b}) == c
+    assert choose_gateway(loads, {a, b, c}) is None
+    assert choose_gateway([]) is None
