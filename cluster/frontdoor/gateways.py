@@ -17,10 +17,10 @@ from workers.types import GatewayStats, Request, TokenEvent
 
 _log = structlog.get_logger()
 
-# A dead peer is noticed after at most two intervals of keepalive; a dead process at once.
+# A process that dies is noticed at once; a peer that falls silent, by keepalive.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

@@ -75,6 +75,7 @@ async def guarded(parts: FrontDoorParts, method: str, context: Context) -> Async
         await _abort(context, ExpertmeshError(f"internal error: {type(error).__name__}"))
     finally:
         parts.metrics.request_ended(method, code.name)
+        _log.info("call ended", method=method, code=code.name)
 
 
 async def _abort(context: Context, error: ExpertmeshError) -> NoReturn:
@@ -208,7 +209,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
 
     def _job(self, request: translate.AnyRequest, token_ids: tuple[int, ...], key: str) -> Job:
-        """Return the validated request."""
+        """Return the validated request; its id is on every line that this call logs from now."""
+        structlog.contextvars.bind_contextvars(request_id=key)
         job = translate.job_of(
             request,
             token_ids,

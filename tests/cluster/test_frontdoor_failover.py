@@ -169,6 +169,36 @@ async def test_a_client_that_missed_only_the_end_gets_it_without_a_gateway(model
         assert stopped.stop_string == "lazy dog"
 
 
+async def test_a_chat_resumes_in_the_state_in_which_it_broke(model):
+    call = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    reply = f"I think.\n</think>\n\nFirst.\n\n{call}\n{call}"
+    tokens = [*model.tokenizer.encode(reply), model.eos_token_ids[0]]
+    chat = {
+        "request_id": "c",
+        "messages": [{"role": "user", "content": "go"}],
+        "tools": [{"name": "f", "parameters": '{"properties": {"a": {"type": "integer"}}}'}],
+    }
+    async with front_door(FakeGateway(saying(model, reply)), model=model) as site:
+
+        async def parts_from(has):
+            resume = [{"token_ids": tokens[:has]}]
+            request = inference_pb2.ChatRequest(**chat, resume_from=resume)
+            _, responses = await all_of(site.inference.Chat(request, timeout=WAIT_S))
+            return responses
+
+        whole = await parts_from(0)
+        for has in range(0, len(tokens) - 1, 7):
+            rest = await parts_from(has)
+            assert [r.SerializeToString() for r in rest] == [
+                r.SerializeToString() for r in whole[has:]
+            ]
+    calls = [c for r in whole for c in r.tool_calls]
+    assert [(c.id, c.arguments) for c in calls] == [
+        ("call_c_0_0", '{"a": 1}'),
+        ("call_c_0_1", '{"a": 1}'),
+    ]
+
+
 class RudeGateway(gateway_pb2_grpc.GatewayServiceServicer):
     """Speaks the protocol as it should not: old assignments, repeats, and gaps."""
 
