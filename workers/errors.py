@@ -8,7 +8,7 @@ ExpertmeshError
 ├── DrainingError            this process takes no new work (UNAVAILABLE)
 ├── UnavailableError         nothing that could serve it was there in time (UNAVAILABLE)
 ├── UnauthenticatedError     the caller did not prove who it is (UNAUTHENTICATED)
-├── RefusedError             an operation would break a promise, such as coverage (FAILED_PRECONDITION)
+├── RefusedError             it would break a promise, such as coverage (FAILED_PRECONDITION)
 ├── ConfigError              a setting is unknown, mistyped or impossible
 ├── CheckpointError          a checkpoint is unsupported, incomplete or damaged
 ├── PlacementError           an expert has no usable replica
@@ -77,7 +77,7 @@ class RefusedError(ExpertmeshError, ValueError):
 
 
 class ConfigError(ExpertmeshError, ValueError):
-    """A setting is unknown, mistyped or impossible; the message lists all of them with their paths."""
+    """A setting is unknown, mistyped or impossible; the message lists all, with their paths."""
 
 
 class CheckpointError(ExpertmeshError, ValueError):
