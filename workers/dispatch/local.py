@@ -27,6 +27,10 @@ class Experts(Protocol):
         """Return one unweighted row for each pair; pairs are sorted by group."""
         ...
 
+    def forward_row(self, x_1D: Tensor, weights_1K: Tensor, slots: Sequence[int]) -> Tensor:
+        """Return the weighted sum over the experts of a single row."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalHandle:
@@ -41,7 +45,11 @@ class LocalHandle:
 
 
 class LocalDispatcher:
-    """Runs experts at once, in this thread. A row's experts are summed in order of their ids."""
+    """Runs experts at once, in this thread.
+
+    A row's experts are summed in order of their ids; a single row's in order of their weights,
+    unless the shard is bit-stable.
+    """
 
     def __init__(self, shard: Experts, slot_of: Mapping[ExpertId, int]) -> None:
         self._shard = shard
@@ -59,13 +67,14 @@ class LocalDispatcher:
             PlacementError: An expert was chosen that is in no slot.
         """
         num_rows, num_chosen = expert_ids_TK.shape
+        if num_rows == 1 and self._shard.row_tile is None:
+            slots = self._find(layer, expert_ids_TK[0].tolist())
+            return LocalHandle(y_TD=self._shard.forward_row(x_TD, weights_TK, slots))
         order_P, experts, offsets = group_pairs(expert_ids_TK, self._num_experts)
         slots = self._find(layer, experts)
         weights_P = weights_TK.flatten()[order_P]
         rows_P = torch.div(order_P, num_chosen, rounding_mode="floor")
         y_PD = self._shard.forward(x_TD, rows_P, slots, offsets)
-        if num_rows == 1 and self._shard.row_tile is None:  # one product instead of three calls
-            return LocalHandle(y_TD=torch.mm(weights_P[None].to(y_PD.dtype), y_PD))
         return LocalHandle(y_TD=sum_pairs(y_PD, weights_P, rows_P, num_rows))
 
     def combine(self, handle: DispatchHandle) -> Tensor:

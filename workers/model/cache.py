@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from workers.model.config import LayerType, ModelConfig
 
@@ -55,7 +56,7 @@ class StagedStates:
     """Private copies of the states of a step's sequences, changed in place by the layers."""
 
     blocks_S: Tensor  # int64
-    conv: Tensor  # [linear layers, S, J, C]
+    window: Tensor  # [linear layers, S, J + 1, C]: first J rows before the step, last J after it
     matrix: Tensor  # [linear layers, S, VH, DK, DV], float32
 
 
@@ -122,11 +123,11 @@ class SequenceCache:
         blocks_S = torch.tensor(state_blocks, dtype=torch.int64, device=self._matrix.device)
         staged = StagedStates(
             blocks_S=blocks_S,
-            conv=self._conv.index_select(1, blocks_S),
+            window=functional.pad(self._conv.index_select(1, blocks_S), (0, 0, 0, 1)),
             matrix=self._matrix.index_select(1, blocks_S),
         )
         for index in fresh:
-            staged.conv[:, index] = 0
+            staged.window[:, index] = 0
             staged.matrix[:, index] = 0
         self._staged.append(staged)
         return staged
@@ -134,7 +135,7 @@ class SequenceCache:
     def commit(self) -> None:
         """Make the states of the step visible to the next one."""
         for staged in self._staged:
-            self._conv.index_copy_(1, staged.blocks_S, staged.conv)
+            self._conv.index_copy_(1, staged.blocks_S, staged.window[:, :, 1:])
             self._matrix.index_copy_(1, staged.blocks_S, staged.matrix)
         self._staged.clear()
 

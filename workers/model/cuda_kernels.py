@@ -57,8 +57,8 @@ class CudaStep:
     block_offsets: Tensor  # int32 [S + 1]
     blocks: Tensor  # int32
     last_block_tokens: Tensor  # int32 [S]
-    conv_taps_NK: Tensor  # for each row, the rows of [all states | inputs] that it reads
-    conv_tail_SJ: Tensor  # for each sequence, those that become its new state
+    conv_taps_NK: Tensor  # for each row, the rows of [all windows | inputs] that it reads
+    conv_tail_SJ: Tensor  # for each sequence, those that end its new window
     chunk_offsets: Tensor  # int64 [chunks + 1], from the first prefill row
     planned: bool = False
 
@@ -98,44 +98,55 @@ class CudaKernels:
         )
 
     def causal_conv(
-        self, x_NC: Tensor, weight_KC: Tensor, state_SJC: Tensor, step: CudaStep
+        self, x_NC: Tensor, weight_KC: Tensor, window_SKC: Tensor, step: CudaStep
     ) -> Tensor:
         """Return silu of the causal depthwise convolution, [N, C]."""
-        rows = torch.cat([state_SJC.flatten(0, 1), x_NC])
-        state_SJC.copy_(rows[step.conv_tail_SJ])
-        return functional.silu((rows[step.conv_taps_NK] * weight_KC).sum(1))
+        history = torch.cat([window_SKC[:, :-1].flatten(0, 1), x_NC])
+        window_SKC[:, 1:] = history[step.conv_tail_SJ]
+        return functional.silu((history[step.conv_taps_NK] * weight_KC).sum(1))
 
-    def recurrent_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: CudaStep) -> Tensor:
-        """Advance the decoded rows' states by one token each; returns [B, VH, DV]."""
-        rows = inputs.rows(slice(0, step.plan.num_decode))
-        q, k = rows.qk.unsqueeze(1).unbind(2)
+    def delta_rule(self, inputs: DeltaInputs, state_SHDD: Tensor, step: CudaStep) -> Tensor:
+        """Return the outputs of the gated delta rule, [N, VH, DV]; advances the states in place."""
+        num_decode, num_rows = step.plan.num_decode, step.plan.num_rows
+        parts = []
+        if num_decode:
+            rows, states = slice(0, num_decode), state_SHDD[:num_decode]
+            parts.append(self._recurrent(inputs.rows(rows), states))
+        if num_decode < num_rows:
+            rows, states = slice(num_decode, num_rows), state_SHDD[num_decode:]
+            parts.append(self._chunked(inputs.rows(rows), states, step.chunk_offsets))
+        return torch.cat(parts)
+
+    def _recurrent(self, inputs: DeltaInputs, states: Tensor) -> Tensor:
+        """Decoded rows: a batch of sequences of one token; key heads are repeated by the kernel."""
+        q, k = inputs.qk.to(inputs.v.dtype)[:, None].unbind(2)
         o, final = self._libraries.fused_recurrent_gated_delta_rule(
-            q=q.to(rows.v.dtype),
-            k=k.to(rows.v.dtype),
-            v=rows.v[:, None],
-            g=rows.log_decay[:, None],
-            beta=rows.beta[:, None],
+            q=q,
+            k=k,
+            v=inputs.v[:, None],
+            g=inputs.log_decay[:, None],
+            beta=inputs.beta[:, None],
             scale=1.0,
-            initial_state=state,
+            initial_state=states,
             output_final_state=True,
         )
-        state.copy_(final)
+        states.copy_(final)
         return o[:, 0]
 
-    def chunk_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: CudaStep) -> Tensor:
-        """Run the prefill chunks, each from its sequence's state; returns [M, VH, DV]."""
-        q, k = inputs.qk.repeat_interleave(inputs.v.shape[1] // inputs.qk.shape[2], 2).unbind(1)
-        states = state[step.plan.num_decode :]
+    def _chunked(self, inputs: DeltaInputs, states: Tensor, offsets: Tensor) -> Tensor:
+        """Prefill chunks: one packed batch; key heads are repeated here."""
+        repeat = inputs.v.shape[1] // inputs.qk.shape[2]
+        q, k = inputs.qk.to(inputs.v.dtype).repeat_interleave(repeat, 2)[None].unbind(2)
         o, final = self._libraries.chunk_gated_delta_rule(
-            q=q[None].to(inputs.v.dtype),
-            k=k[None].to(inputs.v.dtype),
+            q=q,
+            k=k,
             v=inputs.v[None],
             g=inputs.log_decay[None],
             beta=inputs.beta[None],
             scale=1.0,
-            initial_state=states.contiguous(),
+            initial_state=states,
             output_final_state=True,
-            cu_seqlens=step.chunk_offsets,
+            cu_seqlens=offsets,
         )
         states.copy_(final)
         return o[0]
@@ -163,12 +174,12 @@ class CudaKernels:
 
 
 def _conv_rows(lengths: Sequence[int], window: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return, per row, which of [all states | inputs] its taps read, and each sequence's tail."""
+    """Return which of [all windows | inputs] each row's taps read, and each sequence's tail."""
     taps, tail = [], []
-    first = window * len(lengths)  # the states come before the inputs
+    first = window * len(lengths)  # the windows come before the inputs
     for index, length in enumerate(lengths):
-        state = range(index * window, (index + 1) * window)
-        history = [*state, *range(first, first + length)]
+        past = range(index * window, (index + 1) * window)
+        history = [*past, *range(first, first + length)]
         taps += [history[i : i + window + 1] for i in range(length)]
         tail.append(history[length:])
         first += length

@@ -132,8 +132,9 @@ class Decoder:
             kv = flow.cache.kv(layer.kind_index)
             y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, kv)
         else:
-            conv, matrix = flow.staged.conv[layer.kind_index], flow.staged.matrix[layer.kind_index]
-            y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, conv, matrix)
+            window = flow.staged.window[layer.kind_index]
+            matrix = flow.staged.matrix[layer.kind_index]
+            y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, window, matrix)
         # All ranks; ends by the group's deadline.
         flow.x_SD = flow.x_SD + self._group.reduce_scatter_rows(y_RD)
 
@@ -143,21 +144,19 @@ class Decoder:
         logits_SE, gate_up, shared_gate = layer.moe.project(h_SD).split_with_sizes(
             layer.moe.sizes, -1
         )
-        n = flow.plan.num_own
-        if n:
-            expert_ids_TK, weights_TK = layer.moe.gate(logits_SE[:n])
+        if flow.plan.num_own:
+            logits_TE, h_TD = flow.plan.cut_own(logits_SE), flow.plan.cut_own(h_SD)
+            expert_ids_TK, weights_TK = layer.moe.gate(logits_TE)
             if self._probe is not None:
                 rows, chosen = flow.batch_rows, layer.moe.gate.num_chosen
-                self._probe.record(layer.index, rows, logits_SE[:n], chosen)
-            flow.handle = self._dispatcher.dispatch(
-                layer.index, h_SD[:n], expert_ids_TK, weights_TK
-            )
-        shared_SD = layer.moe.shared_down(swiglu(gate_up)).mul_(shared_gate.sigmoid())
-        flow.x_SD = flow.x_SD + shared_SD
+                self._probe.record(layer.index, rows, logits_TE, chosen)
+            flow.handle = self._dispatcher.dispatch(layer.index, h_TD, expert_ids_TK, weights_TK)
+        shared_SD = layer.moe.shared_down(swiglu(gate_up))
+        flow.x_SD = torch.addcmul(flow.x_SD, shared_SD, shared_gate.sigmoid())
 
     def _combine(self, flow: "_Flow") -> None:
         if flow.handle is not None:
-            flow.x_SD[: flow.plan.num_own] += self._dispatcher.combine(flow.handle)
+            flow.plan.cut_own(flow.x_SD).add_(self._dispatcher.combine(flow.handle))
             flow.handle = None
 
     def _finish(self, flow: "_Flow") -> Tensor:

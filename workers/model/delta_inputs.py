@@ -19,6 +19,8 @@ class DeltaInputs:
 
     def rows(self, rows: slice) -> "DeltaInputs":
         """Return some of the rows."""
+        if rows.start == 0 and rows.stop == self.v.shape[0]:
+            return self
         return DeltaInputs(
             qk=self.qk[rows], v=self.v[rows], log_decay=self.log_decay[rows], beta=self.beta[rows]
         )

@@ -54,39 +54,23 @@ class GatedDeltaNet:
         h_RD: Tensor,
         plan: StepPlan,
         step: Any,  # noqa: ANN401 - what the kernels made of the plan
-        conv_SJC: Tensor,
+        window_SKC: Tensor,
         matrix_SHDD: Tensor,
     ) -> Tensor:
         """Return this rank's part of the mixer's output [R, D]; advances the staged states."""
+        num_rows = h_RD.shape[0]
         x_RC, z, b, a = self._project(h_RD).split_with_sizes(self._sizes, -1)
         beta = b.float().sigmoid()
-        log_decay = functional.softplus(a + self._dt_bias) * self._rate
-        n = plan.num_rows
-        y_RC = plan.pad(self._kernels.causal_conv(x_RC[:n], self._conv_KC, conv_SJC, step))
-        qk_RC, v_RC = y_RC.split_with_sizes(self._qk_v_sizes, -1)
-        num_rows = y_RC.shape[0]
+        log_decay = functional.softplus(a + self._dt_bias).mul_(self._rate)
+        y_NC = self._kernels.causal_conv(plan.cut(x_RC), self._conv_KC, window_SKC, step)
+        qk_RC, v_RC = plan.pad(y_NC).split_with_sizes(self._qk_v_sizes, -1)
         qk = normalize(qk_RC.view(num_rows, 2, -1, self._key_size), self._l2_floor)
-        v = v_RC.view(num_rows, -1, self._value_size)
-        inputs = DeltaInputs(qk=qk, v=v, log_decay=log_decay, beta=beta)
-        o = plan.pad(self._delta_rule(inputs, plan, step, matrix_SHDD))
-        gated = self._norm(o).mul_(functional.silu(z.float()).view_as(o))
+        inputs = DeltaInputs(
+            qk=plan.cut(qk),
+            v=plan.cut(v_RC).view(plan.num_rows, -1, self._value_size),
+            log_decay=plan.cut(log_decay),
+            beta=plan.cut(beta),
+        )
+        o = self._norm(plan.pad(self._kernels.delta_rule(inputs, matrix_SHDD, step)))
+        gated = o.mul_(functional.silu(z.float()).view_as(o))
         return self._out(gated.flatten(1).to(h_RD.dtype))
-
-    def _delta_rule(
-        self,
-        inputs: DeltaInputs,
-        plan: StepPlan,
-        step: Any,  # noqa: ANN401
-        matrix_SHDD: Tensor,
-    ) -> Tensor:
-        """Decoded rows by the recurrent kernel, prefill chunks by the chunked one; [N, VH, DV]."""
-        decoded, chunked = slice(0, plan.num_decode), slice(plan.num_decode, plan.num_rows)
-        if not plan.chunks:
-            rows = inputs.rows(decoded)
-            return self._kernels.recurrent_delta_rule(rows, matrix_SHDD, step)
-        o = self._kernels.chunk_delta_rule(inputs.rows(chunked), matrix_SHDD, step)
-        if not plan.num_decode:
-            return o
-        rows = inputs.rows(decoded)
-        decoded_o = self._kernels.recurrent_delta_rule(rows, matrix_SHDD[decoded], step)
-        return torch.cat([decoded_o, o])

@@ -77,6 +77,16 @@ class ExpertShard:
         hidden = swiglu(gate_up).split_with_sizes(sizes)
         return torch.cat([torch.mm(h, self._down[s]) for h, s in zip(hidden, slots, strict=True)])
 
+    def forward_row(self, x_1D: Tensor, weights_1K: Tensor, slots: Sequence[int]) -> Tensor:
+        """Return [1, D], the weighted sum over a row's experts: `forward` in half the calls."""
+        gate_up = torch.cat([torch.mm(x_1D, self._gate_up[slot]) for slot in slots])
+        hidden = swiglu(gate_up).mul_(weights_1K.t().to(x_1D.dtype))
+        first, *others = zip(torch.chunk(hidden, len(slots)), slots, strict=True)
+        y_1D = torch.mm(first[0], self._down[first[1]])
+        for hidden_1I, slot in others:
+            y_1D.addmm_(hidden_1I, self._down[slot])
+        return y_1D
+
     def _tiled(self, x_PD: Tensor, slot: int) -> Tensor:
         """One group in tiles of a fixed number of rows, from the first product to the last."""
         assert self.row_tile is not None

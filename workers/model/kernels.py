@@ -1,7 +1,7 @@
 """The four operations that differ between devices, behind one protocol, chosen once.
 
-Shape legend: N rows, B decoded rows, M prefill rows, S sequences, C conv channels, K conv kernel,
-J = K - 1, VH value heads, DK / DV key and value size, H query heads, G KV heads, E head size.
+Shape legend: N rows, S sequences, C conv channels, K conv kernel, VH value heads, DK / DV key and
+value size, H query heads, G KV heads, E head size.
 """
 
 from typing import Any, Protocol
@@ -17,11 +17,7 @@ from workers.model.torch_kernels import TorchKernels
 
 
 class Kernels(Protocol):
-    """Varlen mixers over one step's rows: decoded rows first, prefill chunks after them.
-
-    States are those of the step's sequences, in its order, and are changed in place: `state_SJC`
-    holds the last J inputs of the convolution, `state` the matrices [S, VH, DK, DV] in float32.
-    """
+    """Varlen mixers over one step's rows: decoded rows first, prefill chunks after them."""
 
     def prepare(self, plan: StepPlan, cache: SequenceCache) -> Any:  # noqa: ANN401
         """Return what the other methods take as `step`: the kernels' own affair, once a step."""
@@ -31,21 +27,22 @@ class Kernels(Protocol):
         self,
         x_NC: Tensor,
         weight_KC: Tensor,
-        state_SJC: Tensor,
+        window_SKC: Tensor,
         step: Any,  # noqa: ANN401
     ) -> Tensor:
-        """Return silu of the causal depthwise convolution, [N, C]."""
-        ...
+        """Return silu of the causal depthwise convolution, [N, C].
 
-    def recurrent_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: Any) -> Tensor:  # noqa: ANN401
-        """Advance the decoded rows' states by one token each; returns [B, VH, DV].
-
-        S <- S exp(log_decay); S <- S + k (beta (v - S' k))'; o = S' q.
+        The first K - 1 rows of a sequence's window are the inputs before the step; the last K - 1
+        become those before the next one.
         """
         ...
 
-    def chunk_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: Any) -> Tensor:  # noqa: ANN401
-        """The same for the prefill chunks, each from its sequence's state; returns [M, VH, DV]."""
+    def delta_rule(self, inputs: DeltaInputs, state_SHDD: Tensor, step: Any) -> Tensor:  # noqa: ANN401
+        """Return the outputs of the gated delta rule, [N, VH, DV]; advances the states in place.
+
+        Per token: S <- S exp(log_decay); S <- S + k (beta (v - S' k))'; o = S' q, with S [DK, DV]
+        in float32. Decoded rows take one such step, prefill chunks the chunked form of it.
+        """
         ...
 
     def attention(self, q_NHE: Tensor, kv: Tensor, step: Any) -> Tensor:  # noqa: ANN401

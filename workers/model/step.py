@@ -9,6 +9,7 @@ Shape legend: R padded rows, N rows, S segments, B decoded rows, F rotary freque
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -70,6 +71,14 @@ class StepPlan:
     logit_rows: Tensor
     batch_rows_N: tuple[int, ...]
 
+    def cut(self, x_R: Tensor) -> Tensor:
+        """Drop the padding rows."""
+        return x_R if self.num_rows == self.num_padded else x_R[: self.num_rows]
+
+    def cut_own(self, x_S: Tensor) -> Tensor:
+        """Drop the padding rows of this rank's share."""
+        return x_S if self.num_own == x_S.shape[0] else x_S[: self.num_own]
+
     def pad(self, x_N: Tensor) -> Tensor:
         """Append zero rows up to `num_padded`."""
         missing = self.num_padded - x_N.shape[0]
@@ -106,9 +115,16 @@ def plan_step(
         )
         for index, segment, start in zip(order, ordered, starts, strict=True)
     }
-
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=options.device)
+    lists = [
+        [t for s in ordered for t in s.token_ids] + padding,
+        positions + padding,
+        [slot for s in ordered for slot in _kv_slots(s, options.block_tokens)],
+        [row for index in range(len(segments)) for row in logit_row_of[index]],
+    ]
+    # One upload for all of them.
+    token_ids_R, positions_R, kv_slots_N, logit_rows = torch.tensor(
+        list(chain.from_iterable(lists)), dtype=torch.int64, device=options.device
+    ).split_with_sizes([len(values) for values in lists])
 
     return StepPlan(
         segments=tuple(ordered),
@@ -122,10 +138,10 @@ def plan_step(
         ),
         own=own,
         num_own=min(max(num_rows - own.start, 0), share),
-        token_ids_R=tensor([t for s in ordered for t in s.token_ids] + padding),
-        rotations_R1F=rotary.rotations(tensor(positions + padding)),
-        kv_slots_N=tensor([slot for s in ordered for slot in _kv_slots(s, options.block_tokens)]),
-        logit_rows=tensor([row for index in range(len(segments)) for row in logit_row_of[index]]),
+        token_ids_R=token_ids_R,
+        rotations_R1F=rotary.rotations(positions_R),
+        kv_slots_N=kv_slots_N,
+        logit_rows=logit_rows,
         batch_rows_N=tuple(
             first_rows[i] + offset for i in order for offset in range(len(segments[i].token_ids))
         ),

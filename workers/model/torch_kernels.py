@@ -53,37 +53,26 @@ class TorchKernels:
         return TorchStep(plan=plan, attention=tuple(decoded + chunks))
 
     def causal_conv(
-        self, x_NC: Tensor, weight_KC: Tensor, state_SJC: Tensor, step: TorchStep
+        self, x_NC: Tensor, weight_KC: Tensor, window_SKC: Tensor, step: TorchStep
     ) -> Tensor:
         """Return silu of the causal depthwise convolution, [N, C]."""
         parts = []
         for rows in step.plan.decode_groups:
-            window_BKC = torch.cat([state_SJC[rows], x_NC[rows, None]], 1)
-            state_SJC[rows] = window_BKC[:, 1:]
-            parts.append(functional.silu((window_BKC * weight_KC).sum(1)))
-        for chunk in step.plan.chunks:
-            rows_MC = torch.cat([state_SJC[chunk.segment], x_NC[chunk.rows]])
-            num_rows, kernel = chunk.stop - chunk.start, weight_KC.shape[0]
-            y_MC = rows_MC[:num_rows] * weight_KC[0]
-            for tap in range(1, kernel):
-                y_MC.addcmul_(rows_MC[tap : tap + num_rows], weight_KC[tap])
-            state_SJC[chunk.segment] = rows_MC[num_rows:]
-            parts.append(functional.silu(y_MC))
+            window = window_SKC[rows]
+            window.select(1, -1).copy_(x_NC[rows])
+            parts.append(functional.silu((window * weight_KC).sum(1)))
+        parts += [
+            _conv_chunk(x_NC[chunk.rows], weight_KC, window_SKC[chunk.segment])
+            for chunk in step.plan.chunks
+        ]
         return _join(parts)
 
-    def recurrent_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: TorchStep) -> Tensor:
-        """Advance the decoded rows' states by one token each; returns [B, VH, DV]."""
-        return _join([_recurrent(inputs.rows(g), state[g]) for g in step.plan.decode_groups])
-
-    def chunk_delta_rule(self, inputs: DeltaInputs, state: Tensor, step: TorchStep) -> Tensor:
-        """Run the prefill chunks, each from its sequence's state; returns [M, VH, DV]."""
-        d = step.plan.num_decode
-        return _join(
-            [
-                _chunked(inputs.rows(slice(c.start - d, c.stop - d)), state[c.segment])
-                for c in step.plan.chunks
-            ]
-        )
+    def delta_rule(self, inputs: DeltaInputs, state_SHDD: Tensor, step: TorchStep) -> Tensor:
+        """Return the outputs of the gated delta rule, [N, VH, DV]; advances the states in place."""
+        groups = step.plan.decode_groups
+        decoded = [_recurrent(inputs.rows(g), state_SHDD[g]) for g in groups]
+        chunks = [_chunked(inputs.rows(c.rows), state_SHDD[c.segment]) for c in step.plan.chunks]
+        return _join(decoded + chunks)
 
     def attention(self, q_NHE: Tensor, kv: Tensor, step: TorchStep) -> Tensor:
         """Attend causally to a layer's paged keys and values; [N, H, E]."""
@@ -94,17 +83,29 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _conv_chunk(x_MC: Tensor, weight_KC: Tensor, window_KC: Tensor) -> Tensor:
+    """Convolve one prefill chunk behind its sequence's window."""
+    num_rows, kernel = x_MC.shape[0], weight_KC.shape[0]
+    history = torch.cat([window_KC[:-1], x_MC])
+    y_MC = history[:num_rows] * weight_KC[0]
+    for tap in range(1, kernel):
+        y_MC.addcmul_(history[tap : tap + num_rows], weight_KC[tap])
+    window_KC[1:] = history[num_rows:]
+    return functional.silu(y_MC)
+
+
 def _recurrent(inputs: DeltaInputs, state_BHDD: Tensor) -> Tensor:
     """One token of the delta rule for all rows and heads at once; [B, VH, DV]."""
     num_rows, heads, size = inputs.v.shape
-    repeat = heads // inputs.qk.shape[2]
-    qk = inputs.qk if repeat == 1 else inputs.qk.repeat_interleave(repeat, 2)
-    q, k = (x.reshape(num_rows * heads, 1, -1) for x in qk.unbind(1))
-    state_BHDD.mul_(inputs.log_decay.exp()[:, :, None, None])
-    state = state_BHDD.view(num_rows * heads, -1, size)
+    qk = inputs.qk.transpose(0, 1)
+    repeat = heads // qk.shape[2]
+    if repeat > 1:
+        qk = qk[:, :, :, None].expand(-1, -1, -1, repeat, -1)
+    q, k = qk.reshape(2, num_rows * heads, 1, -1).unbind()
+    state = state_BHDD.mul_(inputs.log_decay.exp()[:, :, None, None]).view(-1, k.shape[2], size)
     known = torch.bmm(k, state).view(num_rows, heads, size)
     fresh = (inputs.v - known).mul_(inputs.beta[:, :, None])
-    state.baddbmm_(k.mT, fresh.view(num_rows * heads, 1, size))
+    state.baddbmm_(k.mT, fresh.view(-1, 1, size))
     return torch.bmm(q, state).view(num_rows, heads, size)
 
 
