@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.node import Node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -204,6 +205,8 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         "_node_ip_address": LOOPBACK,  # one machine: nothing listens for others
         "_system_config": {"enable_worker_prestart": False},
     }
+    if not address:
+        _leave_out_api_server()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     context: Any = ray.init(
         address=address or "local",
@@ -219,6 +222,19 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         yield str(context.address_info["session_dir"])
     finally:
         ray.shutdown()
+
+
+def _leave_out_api_server() -> None:
+    """Keep Ray from starting its dashboard's process, which nothing here uses.
+
+    Even with the dashboard and reports of use switched off it asks the clouds' metadata addresses
+    where it runs (`UsageStatsHead` of ray 2.60.0), and Ray has no setting against it.
+    """
+
+    def nothing(_node: Node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+        del include_dashboard, raise_on_failure
+
+    Node.start_api_server = nothing  # type: ignore[assignment]
 
 
 def start_controller(body: type, *arguments: object, name: str) -> ControllerHandle:
