@@ -1,1 +1,1 @@
-"""The data plane: model, dispatch, gateways and expert workers. It never imports the control plane."""
+"""The data plane: model, dispatch, gateways, expert workers. It imports no control plane."""

@@ -74,19 +74,13 @@ class TensorParallelGroup:
         """Sum the ranks' partial rows and return this rank's share: [T * S, D] -> [S, D]."""
         if self._group is None:
             return x_RD
-        sent = list(x_RD.contiguous().chunk(self.size))
-        assert len(sent) == self.size and sent[0].shape == sent[-1].shape, x_RD.shape
-        received = torch.empty((self.size, *sent[0].shape), dtype=x_RD.dtype, device=x_RD.device)
-        share = sent[0].shape[0]
+        assert x_RD.shape[0] % self.size == 0, x_RD.shape
+        x_RD = x_RD.contiguous()
+        received = torch.empty_like(x_RD)
         # All ranks; each sends one chunk to every other. Ends by the group's deadline.
-        self._group.alltoall_base(
-            received.view(self.size * share, -1),
-            x_RD.contiguous().view(self.size * share, -1),
-            [],
-            [],
-        ).wait()
-        total = received[0]
-        for part in received[1:]:
+        self._group.alltoall_base(received, x_RD, [], []).wait()
+        total, *others = received.chunk(self.size)
+        for part in others:
             total = total + part
         return total
 

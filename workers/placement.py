@@ -31,7 +31,7 @@ class MemberState(Enum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class MemberId:
-    """Identity of one life of one member: never reused, a restarted process is a new incarnation."""
+    """Identity of one life of a member: never reused, a restarted process is a new incarnation."""
 
     name: str
     incarnation: int
@@ -61,7 +61,7 @@ class Member:
 
     @property
     def serves(self) -> bool:
-        """Whether calls may be sent to it: a draining member still serves what nobody else holds."""
+        """Whether calls may be sent to it; a draining one still serves what nobody else holds."""
         return self.state in {MemberState.ACTIVE, MemberState.DRAINING}
 
 

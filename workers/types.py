@@ -77,7 +77,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of one token (natural logarithm, after penalties and bias, before filters)."""
+    """Log-probability of one token: natural logarithm, after penalties and bias, before filters."""
 
     token_id: int
     logprob: float

@@ -78,4 +78,4 @@ def test_uncovered_names_the_experts_without_a_serving_replica() -> None:
     placement = place(empty(1, 4), crew, floor=1)
     lost = placement.uncovered([MemberId("w0", 1)])
 
-    assert [e for e in lost] == [ExpertId(0, 1), ExpertId(0, 3)]
+    assert lost == [ExpertId(0, 1), ExpertId(0, 3)]
