@@ -149,6 +149,8 @@ def answer(stub: InferenceServiceStub, request: pb.ChatRequest) -> pb.Message:
     reply = pb.Message(role="assistant")
     reasoning = ""
     for response in stub.Chat(request, timeout=CALL_DEADLINE_S):
+        if reasoning and response.content and not reply.content:
+            print()
         reasoning += response.reasoning
         reply.content += response.content
         reply.tool_calls.extend(response.tool_calls)
