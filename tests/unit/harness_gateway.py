@@ -87,6 +87,8 @@ class FakeClock:
 class LoneGroup:
     """A tensor-parallel group of one rank."""
 
+    size = 1
+
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
         assert payload is not None
         return payload

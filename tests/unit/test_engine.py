@@ -1,6 +1,9 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import HashStore
 
 from tests.unit.harness_gateway import (
     HistoryModel,
@@ -17,7 +20,8 @@ from workers.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from workers.gateway.lockstep import Follower, Leader
+from workers.gateway.lockstep import Follower, Leader, StoreVote
+from workers.model.batch import Segment, StepBatch
 from workers.types import FinishReason, Output, Stopping
 
 
@@ -222,7 +226,7 @@ def test_an_id_in_flight_is_refused_and_free_again_afterwards():
 
 
 def test_only_requests_that_were_never_admitted_can_be_too_many():
-    engine, _ = make_engine(max_waiting=2)
+    engine, _ = make_engine(max_waiting=1, max_sequences=1)
     engine.submit(make_request("a", num_sequences=2))
     with pytest.raises(OverloadedError) as refusal:
         engine.submit(make_request("b"))
@@ -245,7 +249,7 @@ submissions = st.fixed_dictionaries(
 )
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
+@settings(derandomize=True, max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(submissions, st.integers(0, 4), st.booleans()), min_size=1, max_size=8),
     st.integers(10, 20), st.booleans(), st.randoms(use_true_random=False),
@@ -288,6 +292,8 @@ def test_company_preemption_failures_and_aborts_never_change_tokens(
 class Wire:
     """The group of one leader and one follower, by hand: what rank 0 sends, rank 1 gets."""
 
+    size = 2
+
     def __init__(self):
         self.messages = []
 
@@ -314,8 +320,6 @@ def make_pair(unanimous=True):
 
 
 def batch_of(start, *tokens):
-    from workers.model.batch import Segment, StepBatch
-
     return StepBatch(
         segments=(Segment(token_ids=tokens, start=start, state_block=0, kv_blocks=(0, 1)),)
     )
@@ -362,3 +366,13 @@ def test_a_failure_on_one_rank_only_ends_the_gateway():
 
     with pytest.raises(GatewayFailedError, match="some ranks only"):
         follower.follow()
+
+
+def test_a_vote_is_unanimous_when_every_rank_reports_the_same_step():
+    store = HashStore()
+    votes = [StoreVote(store, rank, 2, timeout_s=5.0) for rank in range(2)]
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(lambda vote: vote.is_unanimous(7), votes)) == [True, True]
+
+    hasty = StoreVote(store, 0, 2, timeout_s=0.01)
+    assert not hasty.is_unanimous(8)

@@ -89,8 +89,8 @@ def test_flat_distributions_are_filtered_beyond_the_first_candidates():
 
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     logits = torch.tensor([[0.5, 1.5, -1.0, 0.0]])
-    counts = Counter(choose(logits, state(temperature=1.0, seed=seed))[0] for seed in range(4000))
-    expected = logits.softmax(-1)[0] * 4000
+    counts = Counter(choose(logits, state(temperature=1.0, seed=seed))[0] for seed in range(1500))
+    expected = logits.softmax(-1)[0] * 1500
 
     assert all(abs(counts[i] - expected[i]) < 4 * expected[i] ** 0.5 for i in range(4))
 
@@ -149,12 +149,6 @@ def test_counting_token_by_token_equals_counting_at_once():
     stepwise = state(**settings)
     for token in tokens:
         stepwise.append(token)
-    counts = Counter(tokens)
-    ids, values = stepwise._counts.tensors()
-
-    assert dict(zip(ids.tolist(), values.tolist(), strict=True)) == {
-        **dict.fromkeys((1, 2, 3), 0), **counts
-    }  # fmt: skip
     logits = random_logits()
     first, second = logits[0].clone(), logits[0].clone()
     at_once.adjust_(first)

@@ -39,6 +39,11 @@ class Clients:
         with self._lock:
             self._clients.pop(request_id, None)
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._clients.clear()
+
     def deliver(self, events: Iterable[TokenEvent]) -> list[str]:
         """Hand the events of a step to their sinks, one call each.
 

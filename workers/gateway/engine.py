@@ -30,7 +30,7 @@ RETRY_AFTER_S = 1.0  # what a client is told when the queue is full
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Limits on requests; at most `max_waiting` sequences wait that were never admitted."""
+    """Limits on requests; `max_waiting` sequences may wait beyond those that can run at once."""
 
     scheduler: SchedulerOptions
     vocab_size: int
@@ -100,10 +100,12 @@ class GatewayEngine:
         with self._lock:
             if request.request_id in self._requests:
                 raise DuplicateRequestError(f"request {request.request_id} is running here already")
-            waiting = self._scheduler.num_fresh + request.num_sequences
-            if waiting > self._options.max_waiting and not any(request.emitted):
+            room = self._options.max_waiting + self._scheduler.states.num_free
+            waiting = self._scheduler.num_fresh
+            if waiting + request.num_sequences > room and not any(request.emitted):
                 raise OverloadedError(
-                    f"{self._scheduler.num_fresh} sequences wait, {self._options.max_waiting} may",
+                    f"{waiting} sequences wait here; there is no room for "
+                    f"{request.num_sequences} more",
                     RETRY_AFTER_S,
                 )
             sequences = [

@@ -35,6 +35,8 @@ class StagedStates(Protocol):
 class Group(Protocol):
     """What is needed of the tensor-parallel group here."""
 
+    size: int
+
     def broadcast_bytes(self, payload: bytes | None) -> bytes:
         """Send rank 0's bytes to all ranks."""
         ...
@@ -155,10 +157,10 @@ class Leader:
 
     def _send(self, batch: StepBatch, *, is_last: bool = False) -> None:
         self._number += 1
-        message = StepMessage(
-            number=self._number, outcome=self._outcome, batch=batch, is_last=is_last
-        )
-        self._outcome = Outcome.NOTHING
+        outcome, self._outcome = self._outcome, Outcome.NOTHING
+        if self._group.size == 1:
+            return
+        message = StepMessage(number=self._number, outcome=outcome, batch=batch, is_last=is_last)
         try:
             self._group.broadcast_bytes(pickle.dumps(message))
         except RuntimeError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from workers.clock import Clock, SystemClock
 from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.options import MessageShape
-from workers.errors import DrainingError
+from workers.errors import DeadlineError, DrainingError
 from workers.gateway.clients import Clients, Sink
 from workers.gateway.engine import EngineOptions, GatewayEngine
 from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, StoreVote
@@ -28,7 +29,7 @@ from workers.placement import MemberId, View
 from workers.types import GatewayStats, Request
 
 IDLE_S = 0.5  # how often an idle rank 0 tells the others that it lives, and sees that they do
-VOTE_S = 5.0  # how long a rank whose step failed waits to hear that all others' did
+VOTE_S = 2.0  # how long a rank whose step failed waits to hear that all others' did
 CLOSE_S = 5.0  # how long a thread may take to end
 
 
@@ -47,7 +48,7 @@ class GatewaySpec:
 class GatewayWorker:
     """One rank of one gateway.
 
-    `submit`, `abort`, `stats`, `drain` and `turn` are rank 0's. All calls but `turn` may come from
+    `submit`, `abort`, `drain` and `turn` are rank 0's. All calls but `turn` may come from
     any thread once `start` has returned.
     """
 
@@ -79,8 +80,14 @@ class GatewayWorker:
     @property
     def ready(self) -> bool:
         """Whether this rank runs and has every expert in reach."""
-        running = self._thread is not None and self._failure is None
-        return running and (self._links is None or self._links.ready)
+        if self._thread is None or self._failure is not None:
+            return False
+        if self._links is not None:
+            try:
+                self._links.wait_ready(0.0)
+            except DeadlineError:
+                return False
+        return True
 
     def open(self) -> str:
         """Start this rank's link store and return its HOST:PORT; empty with local experts."""
@@ -190,12 +197,11 @@ class GatewayWorker:
             self._changed.notify_all()
 
     def stats(self) -> GatewayStats:
-        """Return the gateway's load and counters; of the dispatchers, those of rank 0."""
-        assert self._engine is not None
-        stats = self._engine.stats()
+        """Return rank 0's load and counters; of the other ranks, what their links counted."""
+        stats = GatewayStats() if self._engine is None else self._engine.stats()
         if self._links is None:
             return stats
-        counters = self._links.stats()
+        counters: dict[str, Any] = self._links.stats()
         return replace(
             stats,
             resends=counters["resends"],
@@ -232,6 +238,7 @@ class GatewayWorker:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
+        self._clients.clear()  # a step that is cut off below is no news to them
         if self._group is not None:
             self._group.close()
         if self._links is not None:
