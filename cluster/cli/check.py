@@ -10,11 +10,11 @@ from rich.table import Table
 from cluster.config import ClusterConfig
 from cluster.serving import model_directory, model_facts
 from workers.errors import ExpertmeshError
+from workers.gateway.reference import Reference
 from workers.model.cache import kv_bytes_per_token, state_bytes_per_sequence
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import LayerType, ModelConfig
 from workers.model.memory import memory_plan
-from workers.model.reference import Reference
 
 _PARITY_TOKENS = 48
 _PARITY_BOUND = 1e-4
@@ -83,9 +83,9 @@ def _check_parity(console: Console, directory: Path, model: ModelConfig) -> None
         if parameters > _PARITY_MAX_BYTES:
             console.print("parity: not checked, the checkpoint is too large to load twice")
             return
-        from transformers import Qwen3_5MoeForCausalLM
+    from transformers import Qwen3_5MoeForCausalLM
 
-        reference = Reference.load(checkpoint, model, context_tokens=_PARITY_TOKENS)
+    reference = Reference(directory, context_tokens=_PARITY_TOKENS)
     oracle = Qwen3_5MoeForCausalLM.from_pretrained(directory, dtype=torch.float32)
     oracle.train(mode=False)
     draw = torch.Generator().manual_seed(0)

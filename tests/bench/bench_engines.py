@@ -23,9 +23,7 @@ import transformers
 from tests.bench.harness_workers import expert_workers
 from transformers import DynamicCache, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from workers.model.checkpoint import Checkpoint
-from workers.model.config import ModelConfig
-from workers.model.reference import Reference
+from workers.gateway.reference import Reference
 
 CONTEXT = 128
 PREFILL = 512
@@ -132,14 +130,14 @@ def engines(size: str, threads: int) -> Iterator[dict[str, Step]]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         model = make_checkpoint(directory, size)
-        config = ModelConfig.load(directory)
-        checkpoint = Checkpoint(directory)
-        local = Reference.load(checkpoint, config, context_tokens=room, num_sequences=max(BATCHES))
+        local = Reference(directory, context_tokens=room, num_sequences=max(BATCHES))
         with expert_workers(directory, 2) as dispatcher:
-            linked = Reference.load(
-                checkpoint, config, context_tokens=room, num_sequences=max(BATCHES),
+            linked = Reference(
+                directory,
+                context_tokens=room,
+                num_sequences=max(BATCHES),
                 dispatcher=dispatcher,
-            )  # fmt: skip
+            )
             yield {
                 "transformers": of_transformers(model),
                 "ours, N=0": of_reference(local),
