@@ -1,9 +1,10 @@
 """Gateway ranks and expert workers, each in a process of its own, driven over pipes."""
 
+import itertools
 import multiprocessing
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,7 +32,15 @@ from workers.placement import (
     Role,
     View,
 )
-from workers.types import FinishReason, Output, Request, Sampling, Stopping, TokenEvent
+from workers.types import (
+    FinishReason,
+    GatewayStats,
+    Output,
+    Request,
+    Sampling,
+    Stopping,
+    TokenEvent,
+)
 
 DEMO_MODEL = Path(__file__).parents[2] / "cluster" / "demo"
 DEADLINE_S = 90.0
@@ -61,18 +70,23 @@ class GatewayBody:
         return getattr(self.worker, attribute)
 
     def wait_for_failure(self) -> str:
-        """Return why the rank stopped; it polls, since nobody is told by design."""
-        pause = threading.Event()
-        for _ in range(int(DEADLINE_S * 100)):
-            if self.worker.failure is not None:
-                return self.worker.failure
-            pause.wait(0.01)
-        raise TimeoutError
+        """Return why the rank stopped."""
+        self._wait(lambda: self.worker.failure is not None)
+        return str(self.worker.failure)
 
     def wait_until_ready(self) -> None:
+        self._wait(lambda: self.worker.ready)
+
+    def wait_until_free(self) -> GatewayStats:
+        """Return the first load without a block in use and nothing waiting."""
+        self._wait(lambda: not (s := self.worker.stats()).running and not s.waiting)
+        return self.worker.stats()
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Poll, since nobody is told of these by design."""
         pause = threading.Event()
         for _ in range(int(DEADLINE_S * 100)):
-            if self.worker.ready:
+            if condition():
                 return
             pause.wait(0.01)
         raise TimeoutError(self.worker.failure)
@@ -105,6 +119,18 @@ class GatewayBody:
         started = threading.Event()
         self.worker.submit(request, lambda _: started.set())
         assert started.wait(DEADLINE_S)
+
+    def fail_combines(self, every: int) -> None:
+        """Let every n-th combine raise from now on, with the answers still on their way."""
+        links = self.worker._links
+        combine, calls = links.combine, itertools.count(1)
+
+        def failing(handle: Any) -> torch.Tensor:
+            if next(calls) % every == 0:
+                raise RuntimeError("planned failure")
+            return combine(handle)
+
+        links.combine = failing
 
     def submit_to_broken_sink(self, request: Request) -> None:
         def sink(_: Iterable[TokenEvent]) -> None:

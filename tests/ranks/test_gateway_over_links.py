@@ -72,3 +72,19 @@ def test_the_death_of_an_expert_worker_changes_no_token(reference):
 
     assert failure is None
     reference.check(requests, answers)
+
+
+def test_steps_that_fail_while_rows_are_out_are_taken_again(reference):
+    gateway, experts = Gateway(1, options_for(local_experts=False)), Experts(2)
+    requests = mixed_requests(6, longest=12)
+    try:
+        experts.serve(gateway)
+        gateway.ranks[0]("fail_combines", 37)  # a step combines once a layer
+        answers = gateway.ranks[0]("generate", requests)
+        stats = gateway.ranks[0]("wait_until_free")
+    finally:
+        gateway.close()
+        experts.close()
+
+    reference.check(requests, answers)
+    assert (stats.kv_blocks_used, stats.state_blocks_used) == (0, 0)

@@ -23,14 +23,6 @@ def blocks_used(stats):
     return (stats.kv_blocks_used, stats.state_blocks_used, stats.running, stats.waiting)
 
 
-def wait_until_free(gateway):
-    for _ in range(200):
-        stats = gateway.ranks[0]("call", "stats")
-        if blocks_used(stats) == (0, 0, 0, 0):
-            return
-    raise AssertionError(stats)
-
-
 def test_sixteen_requests_together_and_one_by_one_are_right(gateway, reference):
     requests = mixed_requests(16, longest=9)
     together = gateway.ranks[0]("generate", requests)
@@ -51,9 +43,9 @@ def test_an_abort_and_a_broken_sink_free_their_blocks(gateway):
     with pytest.raises(AssertionError, match=DuplicateRequestError.__name__):
         rank("begin", request)
     rank("call", "abort", request.request_id)
-    wait_until_free(gateway)
+    assert blocks_used(rank("wait_until_free")) == (0, 0, 0, 0)
     rank("submit_to_broken_sink", request)
-    wait_until_free(gateway)
+    assert blocks_used(rank("wait_until_free")) == (0, 0, 0, 0)
 
 
 def test_wrong_requests_are_refused_at_once(gateway):
