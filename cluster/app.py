@@ -70,9 +70,12 @@ def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
 
 
 def blueprints_of(
-    config: ClusterConfig, model: ModelFacts, num_slots: int
+    config: ClusterConfig, model: ModelFacts, num_slots: int, host: str
 ) -> Mapping[Role, Blueprint]:
-    """Return, for each role, how the processes of one member are started."""
+    """Return, for each role, how the processes of one member are started.
+
+    They listen at `host`, or where it is empty at the address of the node that each comes to.
+    """
 
     def gateway(member: MemberId) -> tuple[ProcessSpec, ...]:
         size = config.gateways.tensor_parallel
@@ -81,7 +84,7 @@ def blueprints_of(
                 id=ProcessId(member, rank),
                 role=Role.GATEWAY,
                 body="cluster.bodies.gateway:GatewayBody",
-                arguments=(member, rank, model.directory, config),
+                arguments=(member, rank, model.directory, host, config),
                 num_cpus=config.gateways.num_cpus,
                 num_gpus=config.gateways.num_gpus,
                 resources=config.gateways.resources,
@@ -97,7 +100,7 @@ def blueprints_of(
                 id=ProcessId(member),
                 role=Role.EXPERT_WORKER,
                 body="cluster.bodies.expert:ExpertWorkerBody",
-                arguments=(member, model.directory, num_slots, config),
+                arguments=(member, model.directory, num_slots, host, config),
                 num_cpus=config.experts.num_cpus,
                 num_gpus=config.experts.num_gpus,
                 resources=config.experts.resources,
@@ -136,7 +139,7 @@ def blueprints_of(
 class ControllerBody:
     """The controller's process: ticks, and answers the command line."""
 
-    def __init__(self, config: ClusterConfig, model: ModelFacts) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelFacts, host: str) -> None:
         configure_logging(Role.CONTROLLER.value, CONTROLLER_NAME, config.telemetry.log_level)
         desired = desired_of(config, model)
         journal = config.control.journal or tempfile.mkdtemp(prefix="expertmesh-journal-")
@@ -144,7 +147,7 @@ class ControllerBody:
         self._controller = Controller(
             desired,
             Placement(model.weights_version, model.num_layers, model.num_experts),
-            blueprints_of(config, model, desired.num_slots),
+            blueprints_of(config, model, desired.num_slots, host),
             runtime=RayRuntime(),
             journal=DirectoryJournal(Path(journal)),
             clock=SystemClock(),

@@ -178,6 +178,8 @@ def ray_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GRPC_VERBOSITY": "ERROR",
+        # torch's stores look their own address up; a silent name server must not stall them.
+        "RES_OPTIONS": "timeout:1 attempts:1",
     }
     for key, value in quiet.items():
         os.environ.setdefault(key, value)

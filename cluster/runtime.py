@@ -30,7 +30,6 @@ from cluster.control.ports import (
 from workers.errors import ExpertmeshError
 
 NAMESPACE = "expertmesh"
-LOOPBACK = "127.0.0.1"
 _METHODS_AT_ONCE = 8  # a long call, such as loading, must not hold up a pulse
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
@@ -199,10 +198,8 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         "num_cpus": 2,
         "num_gpus": num_gpus,
         "include_dashboard": False,
-        "object_store_memory": 80
-        * 2**20,  # the least that Ray takes; nothing large goes through it
+        "object_store_memory": 80 * 2**20,  # about the least; nothing large goes through it
         "resources": {"gateway": 1000, "expert_slot": 1_000_000, "frontdoor": 1000},
-        "_node_ip_address": LOOPBACK,  # one machine: nothing listens for others
         "_system_config": {"enable_worker_prestart": False},
     }
     if not address:

@@ -17,6 +17,7 @@ from workers.model.config import ModelConfig
 from workers.model.verify import verify
 from workers.placement import Role
 
+_LOOPBACK = "127.0.0.1"  # a cluster on one machine listens to nobody else
 _POLL_S = 0.2
 _STOP_MARGIN_S = 30.0
 
@@ -91,7 +92,9 @@ def serving(
     with ray_session(
         ray_address, logs_to_console=config.telemetry.logs_to_console, num_gpus=num_gpus
     ) as session:
-        controller = start_controller(ControllerBody, config, model, name=CONTROLLER_NAME)
+        controller = start_controller(
+            ControllerBody, config, model, "" if ray_address else _LOOPBACK, name=CONTROLLER_NAME
+        )
         try:
             deadline_s = clock.now_s() + config.control.start_timeout_s
             status = controller.call("status", timeout_s=config.control.start_timeout_s)

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from workers.expert.worker import ExpertWorker, WorkerOptions
-
 from cluster.bodies.process import Process
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.runtime import node_address
 from cluster.telemetry import WORKER_SAMPLES, StatsCollector
 from workers.clock import SystemClock
+from workers.expert.worker import ExpertWorker, WorkerOptions
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.placement import ExpertId, MemberId, Role, View
@@ -20,7 +19,12 @@ class ExpertWorkerBody(Process):
     """One expert worker."""
 
     def __init__(
-        self, member: MemberId, model_dir: str, num_slots: int, config: ClusterConfig
+        self,
+        member: MemberId,
+        model_dir: str,
+        num_slots: int,
+        host: str,
+        config: ClusterConfig,
     ) -> None:
         super().__init__(Role.EXPERT_WORKER, member, config.telemetry)
         directory = Path(model_dir)
@@ -34,7 +38,7 @@ class ExpertWorkerBody(Process):
                 capacity_rows=config.dispatch.capacity_rows,
                 num_threads=config.experts.threads,
             ),
-            host=node_address(),
+            host=host or node_address(),
             clock=SystemClock(),
         )
         self.registry.register(StatsCollector(self._worker.stats, WORKER_SAMPLES, str(member)))

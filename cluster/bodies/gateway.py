@@ -18,10 +18,12 @@ from workers.placement import MemberId, Role, View
 class GatewayBody(Process):
     """One rank of a gateway; rank 0 also serves the stream to the front doors."""
 
-    def __init__(self, member: MemberId, rank: int, model_dir: str, config: ClusterConfig) -> None:
+    def __init__(
+        self, member: MemberId, rank: int, model_dir: str, host: str, config: ClusterConfig
+    ) -> None:
         super().__init__(Role.GATEWAY, member, config.telemetry)
         self._rank = rank
-        self._host = node_address()
+        self._host = host or node_address()
         self._worker = GatewayWorker(
             GatewaySpec(
                 member=member,

@@ -336,9 +336,9 @@ def dialogue(r: random.Random, prose: str) -> Dialogue:
     """Draw one dialogue of the training mix, with or without its reasoning."""
     thinking = r.random() < 0.5
     pick = r.random()
-    if pick < 0.45:
+    if pick < 0.30:
         drawn = joined([question(r) for _ in range(r.randrange(1, 4))])
-    elif pick < 0.70:
+    elif pick < 0.50:
         drawn = joined([echo(r, prose) for _ in range(r.randrange(1, 3))])
     elif pick < 0.97:
         drawn = errand(r)

@@ -45,7 +45,7 @@ ROWS, LENGTH = 2, 448  # an errand of three calls is up to 441 tokens and must l
 NUM_OPEN_ROWS = 8
 IGNORED = -100
 HELD_OUT = 100_000
-PEAK_RATE, WARM_UP_STEPS = 2e-3, 50
+PEAK_RATE, WARM_UP_STEPS = 1.5e-3, 30
 
 
 def delta_rule(  # noqa: PLR0917 - the library's own signature
