@@ -110,7 +110,7 @@ def _recurrent(inputs: DeltaInputs, state_BHDD: Tensor) -> Tensor:
 
 
 def _chunked(inputs: DeltaInputs, state_HDD: Tensor) -> Tensor:
-    """The delta rule over consecutive tokens in chunks, with matrix products only; [M, VH, DV].
+    """The delta rule over consecutive tokens in chunks of matrix products; [M, VH, DV].
 
     Within a chunk the updates u solve (I + A) u = beta (v - decayed S' k), A strictly lower
     triangular; the updates then act on the outputs and on the state like values of an attention.
@@ -132,9 +132,14 @@ def _chunked(inputs: DeltaInputs, state_HDD: Tensor) -> Tensor:
     decay = chunks(inputs.log_decay).cumsum(-1)  # from the chunk's begin to each token
     # tril before exp: above the diagonal the difference is positive and could overflow.
     ratio = (decay[..., :, None] - decay[..., None, :]).tril_().exp_().tril_()
-    inverse = _inverse_unit_lower((k_products * ratio).mul_(beta).tril_(-1))
     grown = decay.exp()[..., None]
-    update, carry = (inverse @ (x * beta) for x in (chunks(inputs.v), k * grown))
+    # Not by powers of A, as in some training code: they overflow where keys repeat.
+    update, carry = torch.linalg.solve_triangular(
+        (k_products * ratio).mul_(beta),
+        torch.cat([chunks(inputs.v), k * grown], -1).mul_(beta),
+        upper=False,
+        unitriangular=True,
+    ).split_with_sizes([inputs.v.shape[2], k.shape[3]], -1)
     inside = q_products * ratio
     q = q * grown
     k_out = (k * (decay[..., -1:] - decay).exp()[..., None]).mT
@@ -144,22 +149,6 @@ def _chunked(inputs: DeltaInputs, state_HDD: Tensor) -> Tensor:
         outputs.append(torch.baddbmm(torch.bmm(q[:, i], state_HDD), inside[:, i], fresh))
         state_HDD.mul_(grown[:, i, -1:]).baddbmm_(k_out[:, i], fresh)
     return torch.cat(outputs, 1)[:, :num_rows].transpose(0, 1)
-
-
-def _inverse_unit_lower(strict: Tensor) -> Tensor:
-    """Return the inverse of I + A for strictly lower triangular A [..., n, n].
-
-    (I + A)^-1 = (I - A)(I + A^2)(I + A^4)..., which ends since A^n = 0.
-    """
-    size = strict.shape[-1]
-    inverse = torch.eye(size, device=strict.device) - strict
-    power = strict @ strict
-    reach = 2
-    while reach < size:
-        inverse = inverse + inverse @ power
-        power = power @ power
-        reach *= 2
-    return inverse
 
 
 def _similar_lengths(plan: StepPlan, group: slice) -> list[slice]:
