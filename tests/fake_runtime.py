@@ -16,7 +16,7 @@ class FakeRuntime:
         self.answers: dict[str, Callable[[ProcessId], object]] = {
             "open": lambda p: Opened(pid=1000 + p.rank, node="node", store=f"h:{p.rank}"),
             "start": lambda p: Opened(pid=1000 + p.rank, node="node", endpoint=f"{p}:1"),
-            "pulse": lambda _: Pulse(ready=True),
+            "pulse": lambda _: Pulse(ready=True, order=(2**31, 0)),
         }
         self._events: list[Returned | Raised | Died] = []
 

@@ -160,6 +160,8 @@ class Controller:
                     life.pulses[process] = value
                     if value.failure:
                         self._end(life, f"{process}: {value.failure}")
+                    elif value.order < self._view.order:
+                        self._runtime.call(process, "adopt", self._view)  # it missed one
             case Returned(process, method, value):
                 if method == life.phase.value:
                     life.finish(process, value)

@@ -149,6 +149,22 @@ def test_a_member_that_reports_a_failure_is_replaced() -> None:
     assert bench.runtime.named("gateway-0")[0].member != old[0].member
 
 
+def test_a_member_that_missed_a_view_gets_it_again() -> None:
+    bench = Bench()
+    bench.ticks()
+    late = bench.runtime.named("gateway-0")[1]
+    bench.runtime.answers["pulse"] = lambda p: Pulse(
+        ready=True, order=(0, 0) if p == late else bench.view.order
+    )
+    bench.runtime.calls.clear()
+
+    bench.ticks(2)
+
+    adopted = [(p, a[0]) for p, m, a in bench.runtime.calls if m == "adopt"]
+    assert adopted == [(late, bench.view)] * len(adopted)
+    assert adopted
+
+
 def test_starts_that_keep_failing_back_off_and_are_reported() -> None:
     bench = Bench()
 
