@@ -158,7 +158,7 @@ def test_a_member_that_missed_a_view_gets_it_again() -> None:
     )
     bench.runtime.calls.clear()
 
-    bench.ticks(2)
+    bench.ticks(5)
 
     adopted = [(p, a[0]) for p, m, a in bench.runtime.calls if m == "adopt"]
     assert adopted == [(late, bench.view)] * len(adopted)
