@@ -14,60 +14,71 @@ def make_cache(**sizes: int) -> SequenceCache:
     )
 
 
-def fill(cache: SequenceCache, blocks: list[int], value: float) -> None:
-    staged = cache.stage(blocks, range(len(blocks)))
-    staged.window.fill_(value)
-    staged.matrix.fill_(value)
-    cache.commit()
+def step(cache: SequenceCache, blocks: list[int], value: float, fresh: bool = False) -> None:
+    """One step that writes a value into all states, and everything else that it may write."""
+    staged = cache.stage(blocks, range(len(blocks)) if fresh else [])
+    staged.after.conv.fill_(value)
+    staged.after.matrix.fill_(value)
 
 
-def read(cache: SequenceCache, block: int) -> tuple[float, float]:
-    staged = cache.stage([block], [])
+def read(cache: SequenceCache, *blocks: int) -> list[float]:
+    """What the next step would see, which is then discarded."""
+    states = cache.stage(blocks, []).before
     cache.discard()
-    return staged.window[0, 0, 0, 0].item(), staged.matrix.max().item()
+
+    assert torch.equal(states.conv[0, :, 0, 0], states.matrix[0, :, 0, 0, 0])
+    return states.conv[-1, :, 0, 0].tolist()
 
 
 def test_states_are_seen_after_commit_only() -> None:
     cache = make_cache()
-    fill(cache, [1, 3], 1.0)
-    staged = cache.stage([3], [])
-    staged.matrix.fill_(2.0)
-    staged.window.fill_(2.0)
-
-    assert cache.stage([3], []).matrix.max() == 1.0
+    step(cache, [1, 3], 1.0, fresh=True)
     cache.discard()
+    assert read(cache, 1, 3) == [0.0, 0.0]
 
-    assert read(cache, 3) == (1.0, 1.0)
+    for value in (1.0, 2.0, 3.0):  # the same sequences, step after step
+        step(cache, [1, 3], value)
+        cache.commit()
+        step(cache, [1, 3], -1.0)
+        cache.discard()
+
+        assert read(cache, 1, 3) == [value, value]
+
+
+def test_states_follow_their_sequences_into_other_steps() -> None:
+    cache = make_cache()
+    for blocks, value in (([0, 1, 2], 1.0), ([1], 2.0), ([2, 1], 3.0), ([0], 4.0)):
+        step(cache, blocks, value)
+        cache.commit()
+        step(cache, blocks, -1.0)
+        cache.discard()
+
+    assert read(cache, 2, 0, 1, 4) == [3.0, 4.0, 3.0, 0.0]
 
 
 def test_all_micro_batches_of_a_step_are_committed_together() -> None:
     cache = make_cache()
-    for block in (2, 4):
-        cache.stage([block], [0]).matrix.fill_(float(block))
-
+    for value in (1.0, 2.0):
+        step(cache, [2], value)
+        step(cache, [4], 10 * value)
+        cache.commit()
+    step(cache, [2], 3.0)
+    step(cache, [0], 30.0)
     cache.commit()
 
-    assert [read(cache, block)[1] for block in (2, 4)] == [2.0, 4.0]
+    assert read(cache, 0, 2, 4) == [30.0, 3.0, 20.0]
 
 
 def test_a_fresh_sequence_begins_from_zero_whatever_its_block_held() -> None:
     cache = make_cache()
-    fill(cache, [0, 1], 7.0)
-
-    staged = cache.stage([1, 0], [1])
-
-    assert staged.matrix[:, 0].min() == 7.0
-    assert not staged.matrix[:, 1].any()
-    assert not staged.window[:, 1].any()
-
-
-def test_the_window_moves_by_one_token() -> None:
-    cache = make_cache()
-    staged = cache.stage([2], [0])
-    staged.window[:, 0] = torch.arange(4.0)[:, None]
+    step(cache, [0, 1], 7.0)
     cache.commit()
 
-    assert cache.stage([2], []).window[0, 0, :3, 0].tolist() == [1.0, 2.0, 3.0]
+    before = cache.stage([0, 1], [1]).before
+
+    assert before.matrix[:, 0].min() == before.conv[:, 0].min() == 7.0
+    assert not before.matrix[:, 1].any()
+    assert not before.conv[:, 1].any()
 
 
 def test_memory_arithmetic_is_what_a_cache_takes() -> None:

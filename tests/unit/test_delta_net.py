@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.unit.harness_step import CacheShape, plan, segment
+from workers.model.cache import StagedStates, States
 from workers.model.cuda_kernels import CudaKernels, CudaLibraries
 from workers.model.delta_inputs import DeltaInputs
 from workers.model.kernels import Kernels
@@ -127,6 +128,7 @@ def cuda_kernels_on_fakes() -> CudaKernels:
     )
 
 
+IN_PLACE = pytest.mark.parametrize("in_place", [True, False])
 KERNELS = pytest.mark.parametrize("kernels", [TorchKernels(), cuda_kernels_on_fakes()])
 STEPS = pytest.mark.parametrize(
     "laid_out",
@@ -140,6 +142,19 @@ STEPS = pytest.mark.parametrize(
     ],
     ids=["one decoded", "five decoded", "first token", "whole chunk", "several chunks", "mixed"],
 )
+
+
+def staged(
+    *, conv: Tensor | None = None, matrix: Tensor | None = None, in_place: bool = False
+) -> StagedStates:
+    """States of one layer, of which a test needs one kind."""
+    unused = torch.empty(0)
+    before = States(unused if conv is None else conv, unused if matrix is None else matrix)
+    if in_place:
+        return StagedStates(before, before)
+    return StagedStates(
+        before, States(*(torch.full_like(x, torch.nan) for x in (before.conv, before.matrix)))
+    )
 
 
 def draw_inputs(num_rows: int) -> DeltaInputs:
@@ -161,20 +176,26 @@ def rows_of(laid_out: StepPlan) -> list[slice]:
 
 @KERNELS
 @STEPS
-def test_the_delta_rule_is_the_recurrence(kernels: Kernels, laid_out: StepPlan) -> None:
+@IN_PLACE
+def test_the_delta_rule_is_the_recurrence(
+    kernels: Kernels, laid_out: StepPlan, in_place: bool
+) -> None:
     torch.manual_seed(0)
     inputs = draw_inputs(laid_out.num_rows)
     state = torch.randn(len(laid_out.segments), HEADS, KEY_SIZE, SIZE)
+    states = staged(matrix=state, in_place=in_place)
     q, k = inputs.qk.repeat_interleave(HEADS // KEY_HEADS, 2).unbind(1)
     expected = [
         define_delta_rule(q[r], k[r], inputs.v[r], inputs.log_decay[r], inputs.beta[r], s)
         for r, s in zip(rows_of(laid_out), state, strict=True)
     ]
 
-    o = kernels.delta_rule(inputs, state, kernels.prepare(laid_out, CacheShape()))
+    o = kernels.delta_rule(inputs, states, kernels.prepare(laid_out, CacheShape()))
 
     torch.testing.assert_close(o, torch.cat([e for e, _ in expected]), atol=3e-5, rtol=1e-5)
-    torch.testing.assert_close(state, torch.stack([s for _, s in expected]), atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        states.after.matrix, torch.stack([s for _, s in expected]), atol=3e-5, rtol=1e-5
+    )
 
 
 def test_repeated_tokens_do_not_hurt_the_chunked_form() -> None:
@@ -191,27 +212,31 @@ def test_repeated_tokens_do_not_hurt_the_chunked_form() -> None:
     expected, _ = define_delta_rule(q, k, inputs.v, inputs.log_decay, inputs.beta, state[0])
     kernels = TorchKernels()
 
-    o = kernels.delta_rule(inputs, state, kernels.prepare(laid_out, CacheShape()))
+    o = kernels.delta_rule(inputs, staged(matrix=state), kernels.prepare(laid_out, CacheShape()))
 
     torch.testing.assert_close(o, expected, atol=1e-4, rtol=1e-4)
 
 
 @KERNELS
 @STEPS
-def test_the_convolution_is_causal_and_remembers(kernels: Kernels, laid_out: StepPlan) -> None:
+@IN_PLACE
+def test_the_convolution_is_causal_and_remembers(
+    kernels: Kernels, laid_out: StepPlan, in_place: bool
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(laid_out.num_rows, CHANNELS)
     weight = torch.randn(KERNEL, CHANNELS)
-    window = torch.randn(len(laid_out.segments), KERNEL, CHANNELS)
+    conv = torch.randn(len(laid_out.segments), KERNEL - 1, CHANNELS)
+    states = staged(conv=conv, in_place=in_place)
     expected, tails = [], []
-    for rows, past in zip(rows_of(laid_out), window, strict=True):
-        history = torch.cat([past[:-1], x[rows]])
+    for rows, past in zip(rows_of(laid_out), conv, strict=True):
+        history = torch.cat([past, x[rows]])
         expected += [
             (history[i : i + KERNEL] * weight).sum(0) for i in range(rows.stop - rows.start)
         ]
         tails.append(history[-(KERNEL - 1) :])
 
-    y = kernels.causal_conv(x, weight, window, kernels.prepare(laid_out, CacheShape(KERNEL - 1)))
+    y = kernels.causal_conv(x, weight, states, kernels.prepare(laid_out, CacheShape(KERNEL - 1)))
 
     torch.testing.assert_close(y, functional.silu(torch.stack(expected)))
-    assert torch.equal(window[:, 1:], torch.stack(tails))
+    assert torch.equal(states.after.conv, torch.stack(tails))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from workers.model.config import LayerType, ModelConfig
 
@@ -37,8 +36,8 @@ def state_bytes_per_sequence(
 ) -> int:
     """Return the bytes of one sequence's recurrent state on one rank, whatever its length.
 
-    `dtype` is that of the convolution window; the delta rule's state is float32. A step holds a
-    second copy for each sequence in it.
+    `dtype` is that of the convolution window; the delta rule's state is float32. Up to two more
+    copies exist for each sequence of the running step.
     """
     channels = conv_channels(config, tp_size)
     window = (config.linear_conv_kernel - 1) * channels * dtype.itemsize
@@ -51,17 +50,37 @@ def conv_channels(config: ModelConfig, tp_size: int) -> int:
     return (2 * config.linear_key_size + config.linear_value_size) // tp_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedStates:
-    """Private copies of the states of a step's sequences, changed in place by the layers."""
+@dataclass(frozen=True, slots=True)
+class States:
+    """The recurrent states of some sequences, in all linear layers or in one."""
 
-    blocks_S: Tensor  # int64
-    window: Tensor  # [linear layers, S, J + 1, C]: first J rows before the step, last J after it
+    conv: Tensor  # [linear layers, S, J, C], the last J inputs of the convolution
     matrix: Tensor  # [linear layers, S, VH, DK, DV], float32
+
+    def select(self, index: int | slice) -> "States":
+        """Return some layers', or of one layer some sequences' states."""
+        return States(self.conv[index], self.matrix[index])
+
+
+@dataclass(frozen=True, slots=True)
+class StagedStates:
+    """What a step reads (`before`) and writes (`after`); they may be the same private copy."""
+
+    before: States
+    after: States
+
+    def layer(self, linear_layer: int) -> "StagedStates":
+        """Return those of the i-th linear layer, without the first dimension."""
+        return StagedStates(self.before.select(linear_layer), self.after.select(linear_layer))
 
 
 class SequenceCache:
-    """KV blocks for full-attention layers, state blocks for linear layers; of one rank."""
+    """KV blocks for full-attention layers, state blocks for linear layers; of one rank.
+
+    While the same sequences run step after step, their committed states stay in the layout of the
+    step (resident) instead of being written to their blocks and read again: on a CPU that would
+    take longer than the delta rule itself.
+    """
 
     def __init__(
         self,
@@ -86,59 +105,74 @@ class SequenceCache:
             dtype=dtype,
             device=device,
         )
-        self._conv = torch.zeros(
-            (
-                num_linear,
-                num_state_blocks,
-                config.linear_conv_kernel - 1,
-                conv_channels(config, tp_size),
-            ),
-            dtype=dtype,
-            device=device,
-        )
-        self._matrix = torch.zeros(
-            (
-                num_linear,
-                num_state_blocks,
-                config.linear_num_value_heads // tp_size,
-                config.linear_key_head_dim,
-                config.linear_value_head_dim,
-            ),
-            device=device,
+        blocks = (num_linear, num_state_blocks)
+        value_heads = config.linear_num_value_heads // tp_size
+        matrix = (value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
+        window = (self.conv_window, conv_channels(config, tp_size))
+        self._states = States(
+            torch.zeros((*blocks, *window), dtype=dtype, device=device),
+            torch.zeros((*blocks, *matrix), device=device),
         )
         self._kv_layers: list[Tensor] = list(self._kv)
-        self._staged: list[StagedStates] = []
+        self._staged: list[tuple[tuple[int, ...], States]] = []
+        self._resident: dict[tuple[int, ...], States] = {}  # newer than their blocks
+        self._spare: dict[tuple[int, ...], States] = {}  # the residents before those, to write into
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(t.numel() * t.element_size() for t in (self._kv, self._conv, self._matrix))
+        tensors = (self._kv, self._states.conv, self._states.matrix)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def kv(self, full_layer: int) -> Tensor:
         """Return [blocks, block_tokens, 2, G, head size] of the i-th full-attention layer."""
         return self._kv_layers[full_layer]
 
     def stage(self, state_blocks: Sequence[int], fresh: Sequence[int]) -> StagedStates:
-        """Copy the states of a step's sequences; those at the indices `fresh` begin from zero."""
-        blocks_S = torch.tensor(state_blocks, dtype=torch.int64, device=self._matrix.device)
-        staged = StagedStates(
-            blocks_S=blocks_S,
-            window=functional.pad(self._conv.index_select(1, blocks_S), (0, 0, 0, 1)),
-            matrix=self._matrix.index_select(1, blocks_S),
-        )
-        for index in fresh:
-            staged.window[:, index] = 0
-            staged.matrix[:, index] = 0
-        self._staged.append(staged)
-        return staged
+        """Lay out the states of a step's sequences; those at the indices `fresh` begin at zero."""
+        blocks = tuple(state_blocks)
+        before = None if fresh else self._resident.get(blocks)
+        if before is None:
+            self.settle()
+            before = after = self._gather(blocks, fresh)
+        elif blocks in self._spare:
+            after = self._spare.pop(blocks)
+        else:
+            after = States(torch.empty_like(before.conv), torch.empty_like(before.matrix))
+        self._staged.append((blocks, after))
+        return StagedStates(before, after)
 
     def commit(self) -> None:
         """Make the states of the step visible to the next one."""
-        for staged in self._staged:
-            self._conv.index_copy_(1, staged.blocks_S, staged.window[:, :, 1:])
-            self._matrix.index_copy_(1, staged.blocks_S, staged.matrix)
+        for blocks, after in self._staged:
+            if blocks in self._resident:
+                self._spare[blocks] = self._resident[blocks]
+            self._resident[blocks] = after
         self._staged.clear()
 
     def discard(self) -> None:
         """Forget the states of a step that failed; the last committed ones stay."""
         self._staged.clear()
+
+    def settle(self) -> None:
+        """Write committed states into their blocks, for whoever reads those."""
+        for blocks, states in self._resident.items():
+            index_S = self._index(blocks)
+            self._states.conv.index_copy_(1, index_S, states.conv)
+            self._states.matrix.index_copy_(1, index_S, states.matrix)
+        self._resident.clear()
+        self._spare.clear()
+
+    def _gather(self, blocks: tuple[int, ...], fresh: Sequence[int]) -> States:
+        index_S = self._index(blocks)
+        states = States(
+            self._states.conv.index_select(1, index_S),
+            self._states.matrix.index_select(1, index_S),
+        )
+        for index in fresh:
+            states.conv[:, index] = 0
+            states.matrix[:, index] = 0
+        return states
+
+    def _index(self, blocks: tuple[int, ...]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._states.matrix.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.cache import SequenceCache
+from workers.model.cache import SequenceCache, StagedStates
 from workers.model.delta_inputs import DeltaInputs
 from workers.model.step import StepPlan
 
@@ -57,8 +57,8 @@ class CudaStep:
     block_offsets: Tensor  # int32 [S + 1]
     blocks: Tensor  # int32
     last_block_tokens: Tensor  # int32 [S]
-    conv_taps_NK: Tensor  # for each row, the rows of [all windows | inputs] that it reads
-    conv_tail_SJ: Tensor  # for each sequence, those that end its new window
+    conv_taps_NK: Tensor  # for each row, the rows of [all states | inputs] that it reads
+    conv_tail_SJ: Tensor  # for each sequence, those that are its new state
     chunk_offsets: Tensor  # int64 [chunks + 1], from the first prefill row
     planned: bool = False
 
@@ -98,26 +98,31 @@ class CudaKernels:
         )
 
     def causal_conv(
-        self, x_NC: Tensor, weight_KC: Tensor, window_SKC: Tensor, step: CudaStep
+        self, x_NC: Tensor, weight_KC: Tensor, states: StagedStates, step: CudaStep
     ) -> Tensor:
-        """Return silu of the causal depthwise convolution, [N, C]."""
-        history = torch.cat([window_SKC[:, :-1].flatten(0, 1), x_NC])
-        window_SKC[:, 1:] = history[step.conv_tail_SJ]
+        """Return silu of the causal depthwise convolution, [N, C]; writes the new last inputs."""
+        history = torch.cat([states.before.conv.flatten(0, 1), x_NC])
+        states.after.conv.copy_(history[step.conv_tail_SJ])
         return functional.silu((history[step.conv_taps_NK] * weight_KC).sum(1))
 
-    def delta_rule(self, inputs: DeltaInputs, state_SHDD: Tensor, step: CudaStep) -> Tensor:
-        """Return the outputs of the gated delta rule, [N, VH, DV]; advances the states in place."""
+    def delta_rule(self, inputs: DeltaInputs, states: StagedStates, step: CudaStep) -> Tensor:
+        """Return the outputs of the gated delta rule, [N, VH, DV]; writes the new matrices."""
+        before, after = states.before.matrix, states.after.matrix
         num_decode, num_rows = step.plan.num_decode, step.plan.num_rows
+        decoded, chunks = slice(0, num_decode), slice(num_decode, num_rows)
         parts = []
         if num_decode:
-            rows, states = slice(0, num_decode), state_SHDD[:num_decode]
-            parts.append(self._recurrent(inputs.rows(rows), states))
+            o, final = self._recurrent(inputs.rows(decoded), before[:num_decode])
+            after[:num_decode] = final
+            parts.append(o)
         if num_decode < num_rows:
-            rows, states = slice(num_decode, num_rows), state_SHDD[num_decode:]
-            parts.append(self._chunked(inputs.rows(rows), states, step.chunk_offsets))
+            offsets = step.chunk_offsets
+            o, final = self._chunked(inputs.rows(chunks), before[num_decode:], offsets)
+            after[num_decode:] = final
+            parts.append(o)
         return torch.cat(parts)
 
-    def _recurrent(self, inputs: DeltaInputs, states: Tensor) -> Tensor:
+    def _recurrent(self, inputs: DeltaInputs, states: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded rows: a batch of sequences of one token; key heads are repeated by the kernel."""
         q, k = inputs.qk.to(inputs.v.dtype)[:, None].unbind(2)
         o, final = self._libraries.fused_recurrent_gated_delta_rule(
@@ -130,10 +135,11 @@ class CudaKernels:
             initial_state=states,
             output_final_state=True,
         )
-        states.copy_(final)
-        return o[:, 0]
+        return o[:, 0], final
 
-    def _chunked(self, inputs: DeltaInputs, states: Tensor, offsets: Tensor) -> Tensor:
+    def _chunked(
+        self, inputs: DeltaInputs, states: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Prefill chunks: one packed batch; key heads are repeated here."""
         repeat = inputs.v.shape[1] // inputs.qk.shape[2]
         q, k = inputs.qk.to(inputs.v.dtype).repeat_interleave(repeat, 2)[None].unbind(2)
@@ -148,8 +154,7 @@ class CudaKernels:
             output_final_state=True,
             cu_seqlens=offsets,
         )
-        states.copy_(final)
-        return o[0]
+        return o[0], final
 
     def attention(self, q_NHE: Tensor, kv: Tensor, step: CudaStep) -> Tensor:
         """Attend causally to a layer's paged keys and values; [N, H, E]."""
@@ -174,9 +179,9 @@ class CudaKernels:
 
 
 def _conv_rows(lengths: Sequence[int], window: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Return which of [all windows | inputs] each row's taps read, and each sequence's tail."""
+    """Return which of [all states | inputs] each row's taps read, and each sequence's tail."""
     taps, tail = [], []
-    first = window * len(lengths)  # the windows come before the inputs
+    first = window * len(lengths)  # the states come before the inputs
     for index, length in enumerate(lengths):
         past = range(index * window, (index + 1) * window)
         history = [*past, *range(first, first + length)]

@@ -132,9 +132,8 @@ class Decoder:
             kv = flow.cache.kv(layer.kind_index)
             y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, kv)
         else:
-            window = flow.staged.window[layer.kind_index]
-            matrix = flow.staged.matrix[layer.kind_index]
-            y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, window, matrix)
+            states = flow.staged.layer(layer.kind_index)
+            y_RD = layer.mixer.forward(h_RD, flow.plan, flow.step, states)
         # All ranks; ends by the group's deadline.
         flow.x_SD = flow.x_SD + self._group.reduce_scatter_rows(y_RD)
 

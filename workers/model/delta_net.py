@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.model.cache import StagedStates
 from workers.model.config import ModelConfig
 from workers.model.delta_inputs import DeltaInputs
 from workers.model.kernels import Kernels
@@ -54,15 +55,14 @@ class GatedDeltaNet:
         h_RD: Tensor,
         plan: StepPlan,
         step: Any,  # noqa: ANN401 - what the kernels made of the plan
-        window_SKC: Tensor,
-        matrix_SHDD: Tensor,
+        states: StagedStates,
     ) -> Tensor:
-        """Return this rank's part of the mixer's output [R, D]; advances the staged states."""
+        """Return this rank's part of the mixer's output [R, D]; writes the states after it."""
         num_rows = h_RD.shape[0]
         x_RC, z, b, a = self._project(h_RD).split_with_sizes(self._sizes, -1)
         beta = b.float().sigmoid()
         log_decay = functional.softplus(a + self._dt_bias).mul_(self._rate)
-        y_NC = self._kernels.causal_conv(plan.cut(x_RC), self._conv_KC, window_SKC, step)
+        y_NC = self._kernels.causal_conv(plan.cut(x_RC), self._conv_KC, states, step)
         qk_RC, v_RC = plan.pad(y_NC).split_with_sizes(self._qk_v_sizes, -1)
         qk = normalize(qk_RC.view(num_rows, 2, -1, self._key_size), self._l2_floor)
         inputs = DeltaInputs(
@@ -71,6 +71,6 @@ class GatedDeltaNet:
             log_decay=plan.cut(log_decay),
             beta=plan.cut(beta),
         )
-        o = self._norm(plan.pad(self._kernels.delta_rule(inputs, matrix_SHDD, step)))
+        o = self._norm(plan.pad(self._kernels.delta_rule(inputs, states, step)))
         gated = o.mul_(functional.silu(z.float()).view_as(o))
         return self._out(gated.flatten(1).to(h_RD.dtype))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from workers.model.cache import SequenceCache
+from workers.model.cache import SequenceCache, StagedStates
 from workers.model.cuda_kernels import CudaKernels, load_libraries
 from workers.model.delta_inputs import DeltaInputs
 from workers.model.step import StepPlan
@@ -17,7 +17,10 @@ from workers.model.torch_kernels import TorchKernels
 
 
 class Kernels(Protocol):
-    """Varlen mixers over one step's rows: decoded rows first, prefill chunks after them."""
+    """Varlen mixers over one step's rows: decoded rows first, prefill chunks after them.
+
+    `states` are those of the step's sequences in one layer.
+    """
 
     def prepare(self, plan: StepPlan, cache: SequenceCache) -> Any:  # noqa: ANN401
         """Return what the other methods take as `step`: the kernels' own affair, once a step."""
@@ -27,18 +30,14 @@ class Kernels(Protocol):
         self,
         x_NC: Tensor,
         weight_KC: Tensor,
-        window_SKC: Tensor,
+        states: StagedStates,
         step: Any,  # noqa: ANN401
     ) -> Tensor:
-        """Return silu of the causal depthwise convolution, [N, C].
-
-        The first K - 1 rows of a sequence's window are the inputs before the step; the last K - 1
-        become those before the next one.
-        """
+        """Return silu of the causal depthwise convolution, [N, C]; writes the new last inputs."""
         ...
 
-    def delta_rule(self, inputs: DeltaInputs, state_SHDD: Tensor, step: Any) -> Tensor:  # noqa: ANN401
-        """Return the outputs of the gated delta rule, [N, VH, DV]; advances the states in place.
+    def delta_rule(self, inputs: DeltaInputs, states: StagedStates, step: Any) -> Tensor:  # noqa: ANN401
+        """Return the outputs of the gated delta rule, [N, VH, DV]; writes the new matrices.
 
         Per token: S <- S exp(log_decay); S <- S + k (beta (v - S' k))'; o = S' q, with S [DK, DV]
         in float32. Decoded rows take one such step, prefill chunks the chunked form of it.

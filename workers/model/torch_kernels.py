@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.cache import SequenceCache
+from workers.model.cache import SequenceCache, StagedStates
 from workers.model.delta_inputs import DeltaInputs
 from workers.model.step import CHUNK_TOKENS, Chunk, StepPlan
 
@@ -53,26 +53,29 @@ class TorchKernels:
         return TorchStep(plan=plan, attention=tuple(decoded + chunks))
 
     def causal_conv(
-        self, x_NC: Tensor, weight_KC: Tensor, window_SKC: Tensor, step: TorchStep
+        self, x_NC: Tensor, weight_KC: Tensor, states: StagedStates, step: TorchStep
     ) -> Tensor:
-        """Return silu of the causal depthwise convolution, [N, C]."""
+        """Return silu of the causal depthwise convolution, [N, C]; writes the new last inputs."""
+        before_SJC, after_SJC = states.before.conv, states.after.conv
         parts = []
         for rows in step.plan.decode_groups:
-            window = window_SKC[rows]
-            window.select(1, -1).copy_(x_NC[rows])
-            parts.append(functional.silu((window * weight_KC).sum(1)))
-        parts += [
-            _conv_chunk(x_NC[chunk.rows], weight_KC, window_SKC[chunk.segment])
-            for chunk in step.plan.chunks
-        ]
+            window_BKC = torch.cat([before_SJC[rows], x_NC[rows, None]], 1)
+            after_SJC[rows] = window_BKC[:, 1:]
+            parts.append(functional.silu((window_BKC * weight_KC).sum(1)))
+        for chunk in step.plan.chunks:
+            history = torch.cat([before_SJC[chunk.segment], x_NC[chunk.rows]])
+            after_SJC[chunk.segment] = history[chunk.stop - chunk.start :]
+            parts.append(_conv_chunk(history, weight_KC))
         return _join(parts)
 
-    def delta_rule(self, inputs: DeltaInputs, state_SHDD: Tensor, step: TorchStep) -> Tensor:
-        """Return the outputs of the gated delta rule, [N, VH, DV]; advances the states in place."""
-        groups = step.plan.decode_groups
-        decoded = [_recurrent(inputs.rows(g), state_SHDD[g]) for g in groups]
-        chunks = [_chunked(inputs.rows(c.rows), state_SHDD[c.segment]) for c in step.plan.chunks]
-        return _join(decoded + chunks)
+    def delta_rule(self, inputs: DeltaInputs, states: StagedStates, step: TorchStep) -> Tensor:
+        """Return the outputs of the gated delta rule, [N, VH, DV]; writes the new matrices."""
+        before, after = states.before.matrix, states.after.matrix
+        parts = [_recurrent(inputs.rows(g), before[g], after[g]) for g in step.plan.decode_groups]
+        for chunk in step.plan.chunks:
+            state_HDD = after[chunk.segment].copy_(before[chunk.segment])
+            parts.append(_chunked(inputs.rows(chunk.rows), state_HDD))
+        return _join(parts)
 
     def attention(self, q_NHE: Tensor, kv: Tensor, step: TorchStep) -> Tensor:
         """Attend causally to a layer's paged keys and values; [N, H, E]."""
@@ -83,18 +86,17 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _conv_chunk(x_MC: Tensor, weight_KC: Tensor, window_KC: Tensor) -> Tensor:
-    """Convolve one prefill chunk behind its sequence's window."""
-    num_rows, kernel = x_MC.shape[0], weight_KC.shape[0]
-    history = torch.cat([window_KC[:-1], x_MC])
+def _conv_chunk(history: Tensor, weight_KC: Tensor) -> Tensor:
+    """Convolve one prefill chunk behind its sequence's last inputs."""
+    kernel = weight_KC.shape[0]
+    num_rows = history.shape[0] - kernel + 1
     y_MC = history[:num_rows] * weight_KC[0]
     for tap in range(1, kernel):
         y_MC.addcmul_(history[tap : tap + num_rows], weight_KC[tap])
-    window_KC[1:] = history[num_rows:]
     return functional.silu(y_MC)
 
 
-def _recurrent(inputs: DeltaInputs, state_BHDD: Tensor) -> Tensor:
+def _recurrent(inputs: DeltaInputs, before_BHDD: Tensor, after_BHDD: Tensor) -> Tensor:
     """One token of the delta rule for all rows and heads at once; [B, VH, DV]."""
     num_rows, heads, size = inputs.v.shape
     qk = inputs.qk.transpose(0, 1)
@@ -102,7 +104,8 @@ def _recurrent(inputs: DeltaInputs, state_BHDD: Tensor) -> Tensor:
     if repeat > 1:
         qk = qk[:, :, :, None].expand(-1, -1, -1, repeat, -1)
     q, k = qk.reshape(2, num_rows * heads, 1, -1).unbind()
-    state = state_BHDD.mul_(inputs.log_decay.exp()[:, :, None, None]).view(-1, k.shape[2], size)
+    torch.mul(before_BHDD, inputs.log_decay.exp()[:, :, None, None], out=after_BHDD)
+    state = after_BHDD.view(-1, k.shape[2], size)
     known = torch.bmm(k, state).view(num_rows, heads, size)
     fresh = (inputs.v - known).mul_(inputs.beta[:, :, None])
     state.baddbmm_(k.mT, fresh.view(-1, 1, size))
