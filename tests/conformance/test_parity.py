@@ -18,8 +18,9 @@ from tests.conformance.harness_model import (
     write_oracle,
 )
 from workers.model.decoder import DecoderOptions
+from workers.model.gate import GateProbe
 
-DEMO = Path("cluster/demo")
+DEMO = Path(__file__).parents[2] / "cluster" / "demo"
 
 
 @st.composite
@@ -122,6 +123,28 @@ def test_sequences_served_together_equal_each_alone(tmp_path: Path, micro_batche
 
     for prompt, part in zip(prompts, parts, strict=True):
         assert_close(torch.cat(part), oracle_logits(oracle, prompt))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_probe_sees_the_gate_margins_of_transformers(
+    tmp_path: Path, micro_batches: int
+) -> None:
+    oracle = write_oracle(tmp_path, published())
+    probe = GateProbe(num_layers=4)
+    model = load_model(tmp_path, options=DecoderOptions(micro_batches=micro_batches), probe=probe)
+    prompts = [draw_tokens(n, 301, n) for n in (9, 1, 20)]
+
+    model.step(*enumerate(prompts))
+
+    row = 0
+    for prompt in prompts:
+        with torch.no_grad():
+            output = oracle(torch.tensor(prompt)[None], use_cache=False, output_router_logits=True)
+        for layer, logits in enumerate(output.router_logits):
+            best = logits.float().softmax(-1).topk(4, -1).values
+            margins = probe.margins_LN[layer, row : row + len(prompt)]
+            torch.testing.assert_close(margins, best[:, 2] - best[:, 3], atol=1e-5, rtol=1e-4)
+        row += len(prompt)
 
 
 @pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="no demo checkpoint here")

@@ -88,6 +88,20 @@ def test_a_tiled_row_does_not_depend_on_its_company() -> None:
         assert torch.equal(together[row], alone[0])
 
 
+def test_grouped_products_equal_the_loop() -> None:
+    """Slots 2 and 4 lie between the groups and get no pair; rows fill 16 bytes evenly."""
+    shard, x = ExpertShard(6, 16, 8), torch.randn(9, 16)
+    slots, sizes = [1, 3, 5], [4, 0, 5]
+    for slot in slots:
+        weights = ExpertParameters(gate_up=torch.randn(16, 16), down=torch.randn(16, 8))
+        shard.write(slot, weights)
+
+    grouped = shard.forward_grouped(x, slots, sizes)
+
+    looped = shard.forward(x, torch.arange(9), slots, [0, 4, 4, 9])
+    torch.testing.assert_close(grouped, looped)
+
+
 def test_a_slot_can_be_written_again() -> None:
     shard, x = make_shard(), torch.randn(1, HIDDEN)
     other = draw_experts()[1]
