@@ -7,10 +7,12 @@ group's deadline; after an error every rank of the group exits and is replaced a
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,9 @@ class TensorParallelGroup:
         self._host: dist.ProcessGroup | None = None  # CPU tensors
         self._group: dist.ProcessGroup | None = None  # the model's tensors
         if rendezvous is not None and size > 1:
-            store = dist.PrefixStore(
+            store = PrefixStore(
                 rendezvous.prefix,
-                dist.TCPStore(
+                TCPStore(
                     rendezvous.host,
                     rendezvous.port,
                     is_master=False,
@@ -145,7 +147,7 @@ def make_gloo_device(host: str) -> object:
 
 
 def make_gloo_group(
-    store: dist.Store,
+    store: Store,
     rank: int,
     size: int,
     host: str,
@@ -159,19 +161,22 @@ def make_gloo_group(
     `num_threads` run its collectives; point-to-point needs none. Raises RuntimeError when a peer
     does not come within `timeout_s`.
     """
-    options = dist.ProcessGroupGloo._Options()  # noqa: SLF001 - private; has a contract test
+    gloo: Any = dist.ProcessGroupGloo  # its options are private names; a test holds them
+    options = gloo._Options()  # noqa: SLF001
     options._devices = [device or make_gloo_device(host)]  # noqa: SLF001
     options._threads = num_threads  # noqa: SLF001
     options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    group: dist.ProcessGroup = gloo(store, rank, size, options)
+    return group
 
 
 def make_nccl_group(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float
+    store: Store, rank: int, size: int, device: torch.device, timeout_s: float
 ) -> dist.ProcessGroup:
     """Open an NCCL group on one device, connected at once; needs GPUs, not run on CPU machines."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
-    group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
-    group.eager_connect_single_device(device)
+    backend: Any = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+    backend.eager_connect_single_device(device)
+    group: dist.ProcessGroup = backend
     return group

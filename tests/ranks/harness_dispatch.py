@@ -1,8 +1,9 @@
-"""Expert workers as processes, with a pipe to each; a checkpoint of experts; the dense reference."""
+"""Expert workers as processes, with a pipe to each; experts on disk; the dense reference."""
 
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,15 @@ class Cluster:
         return view
 
     def ready(self) -> None:
-        """Publish, and wait until every dispatcher reaches every expert."""
+        """Publish, and wait until every dispatcher has a link to every worker."""
         self.publish()
+        count = sum(state is not MemberState.GONE for state in self.states.values())
+        end = time.monotonic() + DEADLINE_S
         for dispatcher in self.dispatchers:
             dispatcher.wait_ready(DEADLINE_S)
+            while dispatcher.stats()["links"] < count:
+                assert time.monotonic() < end
+                time.sleep(0.005)
 
     def close(self) -> None:
         """End everything."""

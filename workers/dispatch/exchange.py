@@ -1,14 +1,18 @@
 """The dispatcher over links: rows go to expert workers and come back, whatever happens to them.
 
-One thread, that of the model, plans, packs, sends and sums; it never waits on a link, but on one
-condition with a deadline. The thread of each link hands replies over under the same lock. What is
-sent again and which replies count is decided in `recovery`, to whom in `plan`.
+One thread, that of the model, plans, packs, sends, accepts and sums; it alone touches the state of
+calls, and it never waits on a link but on one bell, with a deadline. The threads of the links put
+replies and news into an inbox and ring. What is sent again and which replies count is decided in
+`recovery`, to whom in `plan`.
 
 Shape legend: T rows of a layer, D hidden, K experts a row.
 """
 
+import logging
 import threading
+from collections import deque
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +23,7 @@ from workers.dispatch.base import DispatchHandle
 from workers.dispatch.header import Flag, Header, Kind, ReplyFrame, Status
 from workers.dispatch.link_set import LinkSet, OpenLink, Peer
 from workers.dispatch.options import DispatchOptions, MessageShape
-from workers.dispatch.plan import PlannedCall, Planner, ReplicaIndex
+from workers.dispatch.plan import PlannedCall, ReplicaIndex
 from workers.dispatch.recovery import Attempt, Group, HedgeBudget, LayerCall, Pairs
 from workers.dispatch.roster import Roster
 from workers.dispatch.rows import (
@@ -32,10 +36,13 @@ from workers.dispatch.rows import (
 from workers.errors import DeadlineError, DispatchError, LinkClosedError, RefusedError
 from workers.placement import MemberId, MemberState, Role, View
 
+log = logging.getLogger(__name__)
+
 __all__ = ["DispatchOptions", "LinkDispatcher", "MessageShape"]
 
 _LINKED = frozenset({MemberState.WARM, MemberState.ACTIVE, MemberState.DRAINING})
 _LONGEST_TURN_S = 1.0  # of one wait; parked rows wait as many turns as it takes
+_NOT_WAITING = 1 << 62
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +60,16 @@ class OpenCall:
         return self.x_TD.shape[0]
 
 
+class Arrived(NamedTuple):
+    """A reply as its link's thread leaves it in the inbox."""
+
+    peer: Peer
+    opened: OpenLink
+    header: Header
+    frame: ReplyFrame
+    at_s: float
+
+
 class LinkDispatcher:
     """A `Dispatcher` over links to the expert workers of the newest View that it was given."""
 
@@ -68,16 +85,21 @@ class LinkDispatcher:
     ) -> None:
         self._options = options
         self._clock = clock
-        self._changed = threading.Condition()
-        self._adopting = threading.Lock()
         rows_per_call = options.capacity_rows
         if options.bit_stable:
             rows_per_call //= shape.top_k  # as many rows come back as there are pairs
         self._roster = Roster(rows_per_call=rows_per_call, stale_retry_s=options.stale_retry_s)
+        self._changed = threading.Condition()  # guards Peer.open, and tells of its changes
+        self._adopting = threading.Lock()
+        self._inbox: deque[Arrived] = deque()
+        self._lost: deque[OpenLink] = deque()
+        self._dirty = False  # there is news: links, Views, deadlines
+        self._bell = threading.Lock()  # taken while silent; releasing it rings
+        self._bell.acquire()
+        self._ring_at = _NOT_WAITING  # replies in the inbox that are worth a ring
+        self._closed = False
         self._by_message: dict[int, OpenCall] = {}
         self._open: list[OpenCall] = []
-        self._dirty = False  # something happened that the model's thread must look after
-        self._closed = False
         self._num_messages = 0
         self._num_calls = 0
         self._budget = HedgeBudget(options.hedge_share)
@@ -106,13 +128,10 @@ class LinkDispatcher:
             raise RefusedError(f"{len(linked)} expert workers for {self._options.max_links} links")
         index = ReplicaIndex(view)
         with self._adopting:
-            with self._changed:
-                if self._closed or not self._roster.adopt(view, index):
-                    return
-                self._touch()
+            if self._closed or not self._roster.adopt(index):
+                return
             self._links.want(linked)
-            with self._changed:
-                self._touch()
+            self._tell()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until every expert of the View has a worker with an open link.
@@ -132,15 +151,16 @@ class LinkDispatcher:
         self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
     ) -> OpenCall:
         """See `Dispatcher`; rows of which no replica can be reached are parked."""
-        ids_TK = expert_ids_TK.cpu().numpy()
-        all_T = np.full(len(ids_TK), (1 << ids_TK.shape[1]) - 1, dtype=np.uint32)
+        ids_TK = expert_ids_TK.cpu().numpy().astype(np.int32)
         self._num_calls += 1
         call = OpenCall(
-            state=LayerCall(layer, Pairs(None, ids_TK, all_T)),
+            state=LayerCall(layer, Pairs.all_of(ids_TK)),
             x_TD=x_TD,
             weights_TK=weights_TK.cpu().numpy(),
             number=self._num_calls,
         )
+        while self._inbox:  # what came late clears suspicions and frees buffers
+            self._take_in(self._inbox.popleft())
         self._open.append(call)
         self._advance(call)
         return call
@@ -153,27 +173,25 @@ class LinkDispatcher:
         assert isinstance(handle, OpenCall)
         started_s = self._clock.now_s()
         while not self._completed(handle):
-            self._tend()
+            if self._dirty:
+                self._tend()
+            else:
+                self._listen(handle)
+        self._ring_at = _NOT_WAITING
         self._wait_s += self._clock.now_s() - started_s
         winners = list(handle.state.cover())
         y_TD = (sum_by_expert if self._options.bit_stable else sum_partials)(winners, handle.x_TD)
-        self._open.remove(handle)
-        for attempt in handle.state.accepted:
-            attempt.payload.release()
-        for message_id in handle.state.outstanding:
-            self._by_message.pop(message_id, None)
-        self._pump_all()
+        self._forget(handle)
         return y_TD
 
     def close(self) -> None:
         """Close all links; whoever waits in `combine` gets LinkClosedError."""
-        with self._changed:
-            self._closed = True
-            self._touch()
+        self._closed = True
+        self._tell()
         with self._adopting:
             self._links.close()
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> dict[str, Any]:
         """Return the counters; all but `links` only rise while a worker stays."""
         peers = self._links.peers.values()
         return {
@@ -188,82 +206,89 @@ class LinkDispatcher:
     # The model's thread.
 
     def _completed(self, call: OpenCall) -> bool:
-        """Wait until the call is complete (True) or something else needs looking after."""
-        with self._changed:
-            if not call.state.complete and not self._dirty:
-                started_s = self._clock.now_s()
-                self._changed.wait(self._turn_s(started_s))
-                if any(open_call.state.needs() for open_call in self._open):
-                    self._parked_s += self._clock.now_s() - started_s
-            self._dirty = False
-            return call.state.complete
+        """Take in what has arrived; whether the call is complete."""
+        while self._inbox:
+            self._take_in(self._inbox.popleft())
+        return call.state.complete
 
-    def _turn_s(self, now_s: float) -> float:
-        """How long to wait at most: until a deadline, or a retry of something parked."""
-        longest_s = _LONGEST_TURN_S
+    def _listen(self, call: OpenCall) -> None:
+        """Wait until enough replies are in, something happened, or a deadline passed."""
+        state = call.state
+        parked = any(open_call.state.needs() for open_call in self._open)
+        queued = any(p.open is not None and p.open.queue for p in self._links.peers.values())
+        self._ring_at = 1 if state.disturbed or queued else len(state.outstanding)
+        # Looked at after the threshold is set: whoever came before did not ring.
+        if self._dirty or len(self._inbox) >= self._ring_at > 0:
+            return
+        now_s = self._clock.now_s()
+        if not self._bell.acquire(timeout=self._turn_s(now_s, parked=parked)):
+            self._dirty = True
+        if parked:
+            self._parked_s += self._clock.now_s() - now_s
+
+    def _turn_s(self, now_s: float, *, parked: bool) -> float:
+        """How long to wait at most: until a deadline, or a retry of what is parked."""
+        longest_s = self._options.stale_retry_s if parked else _LONGEST_TURN_S
         for call in self._open:
             longest_s = min(longest_s, call.state.next_deadline_s() - now_s)
-            if call.state.needs():
-                longest_s = min(longest_s, self._options.stale_retry_s)
         return max(longest_s, 0.0)
 
+    def _forget(self, call: OpenCall) -> None:
+        """Release what a combined call holds; replies that still come are late."""
+        self._open.remove(call)
+        for attempt in call.state.accepted:
+            attempt.payload.release()
+        for message_id in call.state.outstanding:
+            self._by_message.pop(message_id, None)
+        self._pump_all()
+
     def _tend(self) -> None:
-        """Look after all open calls: hedge what is overdue, send what waits."""
+        """Look after all open calls: lost links, deadlines, what waits to be sent."""
+        self._dirty = False
         if self._closed:
             raise LinkClosedError("the dispatcher was closed while rows were on their way")
+        while self._lost:
+            self._give_up(self._lost.popleft())
         now_s = self._clock.now_s()
-        with self._changed:
-            for call in self._open:
-                for attempt in call.state.overdue(now_s):
-                    self._overdue(call, attempt, now_s)
+        for call in self._open:
+            for attempt in call.state.overdue(now_s):
+                self._overdue(call, attempt, now_s)
         for call in self._open:
             self._advance(call)
         self._pump_all()
 
     def _advance(self, call: OpenCall) -> None:
         """Send what has a worker; the rest stays parked."""
-        while True:
-            with self._changed:
-                placed = self._place(call)
-            if not placed:
-                return
-            for opened, attempt in placed:
+        for group in call.state.needs():
+            for opened, attempt in self._place_group(call, group):
                 if opened.free_buffers and not opened.queue:
                     self._send(call, opened, attempt)
                 else:
                     opened.queue.append(attempt)
                     self._pump(opened)
 
-    def _place(self, call: OpenCall) -> list[tuple[OpenLink, Attempt]]:
-        """Plan the waiting pairs of a call; the lock is held."""
-        groups = call.state.needs()
-        now_s = self._clock.now_s()
-        planner = self._roster.planner(self._links.peers, now_s) if groups else None
-        if planner is None:
-            return []
-        placed: list[tuple[OpenLink, Attempt]] = []
-        for group in groups:
-            placed += self._place_group(call, group, planner, now_s)
-        return placed
-
-    def _place_group(
-        self, call: OpenCall, group: Group, planner: Planner, now_s: float
-    ) -> list[tuple[OpenLink, Attempt]]:
+    def _place_group(self, call: OpenCall, group: Group) -> list[tuple[OpenLink, Attempt]]:
+        """Plan the waiting pairs of a group; returns its attempts, to be sent."""
         waiting = group.waiting
         assert waiting is not None
-        peers = self._roster.peers
-        load_W = [p.open.num_experts if p and p.open else 0 for p in peers]
-        plan = planner.plan(call.state.layer, waiting.ids_RK, load_W)
+        now_s = self._clock.now_s()
+        planner = self._roster.planner(self._links.peers, now_s)
+        if planner is None:
+            return []
+        plan = planner.plan(call.state.layer, waiting.ids_RK, self._roster.load)
+        peers = [self._roster.peer(planned.worker) for planned in plan.calls]
+        links = [peer.open for peer in peers]
+        if None in links:  # one broke a moment ago: plan again with what is known now
+            self._roster.changed()
+            return self._place_group(call, group)
         placed = []
-        for planned in plan.calls:
-            peer = peers[planned.worker]
-            assert peer is not None
-            assert peer.open is not None
+        for planned, peer, opened in zip(plan.calls, peers, links, strict=True):
+            assert opened is not None
             pairs = _pairs(planned).within(waiting)
-            attempt = self._attempt(peer, peer.open, pairs, group.number, now_s)
+            attempt = self._attempt(peer, opened, pairs, group.number, now_s)
             self._by_message[attempt.message_id] = call
-            peer.open.started(attempt.message_id, planned.num_experts)
-            placed.append((peer.open, attempt))
+            opened.started(attempt.message_id, planned.num_experts)
+            placed.append((opened, attempt))
         rest = None if plan.unserved is None else _pairs(plan.unserved).within(waiting)
         call.state.place(group, [attempt for _, attempt in placed], rest)
         if group.number > 1:
@@ -313,8 +338,7 @@ class LinkDispatcher:
         try:
             opened.link.send(frame, header)
         except LinkClosedError:
-            with self._changed:
-                self._lose(opened)
+            self._drop(opened)
 
     def _pump_all(self) -> None:
         for peer in self._links.peers.values():
@@ -325,20 +349,57 @@ class LinkDispatcher:
     def _pump(self, opened: OpenLink) -> None:
         """Send what awaits a buffer, making room where staged replies hold the buffers."""
         if not opened.free_buffers:
-            with self._changed:
-                for call in self._open:
-                    for attempt in call.state.accepted:
-                        attempt.payload.detach(opened)
+            for call in self._open:
+                for attempt in call.state.accepted:
+                    attempt.payload.detach(opened)
         while opened.queue and opened.free_buffers:
             attempt = opened.queue.popleft()
-            call = self._by_message.get(attempt.message_id)
-            if call is not None and attempt.needed and not attempt.lost:
-                self._send(call, opened, attempt)
+            owner = self._by_message.get(attempt.message_id)
+            if owner is not None and attempt.needed and not attempt.lost:
+                self._send(owner, opened, attempt)
             else:
                 opened.ended(attempt.message_id)
 
+    def _take_in(self, arrived: Arrived) -> None:
+        """Accept a reply, or drop it when it is late."""
+        peer, opened, header, frame, at_s = arrived
+        opened.ended(header.message_id)
+        draining = header.status == Status.DRAINING
+        if peer.suspect or peer.draining != draining:
+            peer.suspect, peer.draining = False, draining
+            self._roster.changed()
+        call = self._by_message.pop(header.message_id, None)
+        attempt = call.state.outstanding.get(header.message_id) if call is not None else None
+        if call is None or attempt is None:
+            self._counters["late_replies"] += 1
+            opened.release(header.buffer, frame)
+            return
+        staged = StagedReply(opened, header.buffer, frame, header.num_rows)
+        try:
+            summed_R = summed_masks(staged, attempt.pairs, row_per_expert=self._options.bit_stable)
+        except DispatchError:
+            log.exception("a reply of %s makes no sense", peer.worker)
+            self._drop(opened)
+            return
+        if not call.state.reply(
+            header.message_id, peer.worker, header.incarnation, summed_R, staged
+        ):
+            self._counters["late_replies"] += 1
+            staged.release()
+            return
+        peer.times.record(len(attempt.pairs.masks_R), at_s - attempt.sent_s)
+        if header.kind == Kind.STALE:
+            left = attempt.groups[-1].waiting
+            assert left is not None
+            experts = np.unique(left.ids_RK[left.ids_RK >= 0]).tolist()
+            self._counters["stale_answers"] += 1
+            self._roster.stale(peer.worker, call.state.layer, experts, at_s)
+            self._dirty = True
+        elif opened.queue:
+            self._pump(opened)
+
     def _overdue(self, call: OpenCall, attempt: Attempt, now_s: float) -> None:
-        """A deadline passed: the worker is suspect; hedge if that can help; the lock is held."""
+        """A deadline passed: the worker is suspect; hedge if that can help."""
         peer = self._links.peers.get(attempt.worker)
         if peer is None:
             return
@@ -347,100 +408,75 @@ class LinkDispatcher:
             peer.suspect = True
             self._counters["suspicions"] += 1
             self._roster.changed()
-        planner = self._roster.planner(self._links.peers, now_s)
-        if planner is None or any(not group.dropped for group in attempt.groups):
-            return
-        if not planner.serves(call.state.layer, attempt.pairs.ids_RK):
-            return
-        if self._budget.take():
+        if all(group.dropped for group in attempt.groups) and self._may_hedge(call, attempt, now_s):
             self._counters["hedges"] += 1
             call.state.hedge(attempt)
 
-    # The threads of the links.
+    def _may_hedge(self, call: OpenCall, attempt: Attempt, now_s: float) -> bool:
+        """Whether others hold all of an attempt's experts, are no busier, and the budget allows."""
+        planner = self._roster.planner(self._links.peers, now_s)
+        if planner is None or not planner.serves(call.state.layer, attempt.pairs.ids_RK):
+            return False
+        own = self._links.peers[attempt.worker].open
+        plan = planner.plan(call.state.layer, attempt.pairs.ids_RK)
+        others = [self._roster.peer(planned.worker).open for planned in plan.calls]
+        if own is None or any(o is None or o.num_calls > own.num_calls for o in others):
+            return False
+        return self._budget.take()
+
+    def _give_up(self, opened: OpenLink) -> None:
+        """Give up what is under way on a link that is lost; it is waiting to be sent again."""
+        for call in self._open:
+            for attempt in call.state.link_lost(opened.worker, opened.incarnation):
+                self._by_message.pop(attempt.message_id, None)
+        opened.queue.clear()
+
+    # Any thread: those of the links, of whoever brings a View, and the model's.
 
     def link_up(self, peer: Peer, opened: OpenLink) -> None:
         """See `LinkUser`."""
         with self._changed:
             peer.open = opened
             peer.suspect = peer.draining = False
-            self._touch()
+        self._tell()
 
     def link_down(self, peer: Peer, opened: OpenLink) -> None:
         """See `LinkUser`."""
         with self._changed:
             if peer.open is opened:
                 peer.open = None
-            self._lose(opened)
+        self._lost.append(opened)
+        self._tell()
 
     def received(self, peer: Peer, opened: OpenLink, header: Header, frame: ReplyFrame) -> None:
         """See `LinkUser`."""
         if header.kind not in {Kind.REPLY, Kind.STALE}:
             raise DispatchError(f"a message of kind {header.kind} where a reply was due")
-        with self._changed:
-            now_s = self._clock.now_s()
-            opened.ended(header.message_id)
-            draining = header.status == Status.DRAINING
-            if peer.suspect or peer.draining != draining:
-                peer.suspect, peer.draining = False, draining
-                self._roster.changed()
-            call = self._by_message.pop(header.message_id, None)
-            if call is None or not self._accept(call, peer, opened, header, frame, now_s):
-                self._counters["late_replies"] += 1
-                opened.release(header.buffer, frame)
-            if opened.queue or (call is not None and call.state.needs()):
-                self._wake()
-            elif call is not None and call.state.complete:
-                self._changed.notify_all()
+        self._inbox.append(Arrived(peer, opened, header, frame, self._clock.now_s()))
+        if len(self._inbox) >= self._ring_at:
+            self._ring()
 
-    def _accept(
-        self,
-        call: OpenCall,
-        peer: Peer,
-        opened: OpenLink,
-        header: Header,
-        frame: ReplyFrame,
-        now_s: float,
-    ) -> bool:
-        attempt = call.state.outstanding.get(header.message_id)
-        if attempt is None:
-            return False
-        summed_R = summed_masks(
-            frame, header.num_rows, attempt.pairs, row_per_expert=self._options.bit_stable
-        )
-        staged = StagedReply(opened, header.buffer, frame, header.num_rows)
-        accepted = call.state.reply(
-            header.message_id, peer.worker, header.incarnation, summed_R, staged
-        )
-        if accepted is None:
-            return False
-        peer.times.record(len(attempt.pairs.masks_R), now_s - attempt.sent_s)
-        if header.kind == Kind.STALE:
-            left = attempt.groups[-1].waiting
-            assert left is not None
-            experts = np.unique(left.ids_RK[left.ids_RK >= 0]).tolist()
-            self._counters["stale_answers"] += 1
-            self._roster.stale(peer.worker, call.state.layer, experts, now_s)
-        return True
-
-    def _lose(self, opened: OpenLink) -> None:
-        """Give up what is under way on a broken link; the lock is held."""
-        for call in self._open:
-            for attempt in call.state.link_lost(opened.worker, opened.incarnation):
-                self._by_message.pop(attempt.message_id, None)
-        opened.queue.clear()
+    def _drop(self, opened: OpenLink) -> None:
+        """Have a link closed and opened anew, by its own thread."""
+        opened.link.close()
         peer = self._links.peers.get(opened.worker)
-        if peer is not None and peer.open is opened:
-            peer.open = None
-        self._touch()
+        if peer is not None:
+            self.link_down(peer, opened)
 
-    def _touch(self) -> None:
-        """Plan anew and make the model's thread look; the lock is held."""
+    def _tell(self) -> None:
+        """Have the model's thread look at what changed, and plan anew."""
         self._roster.changed()
-        self._wake()
-
-    def _wake(self) -> None:
         self._dirty = True
-        self._changed.notify_all()
+        self._ring()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _ring(self) -> None:
+        if self._bell.locked():
+            try:
+                self._bell.release()
+            except RuntimeError:  # somebody else rang in between
+                return
 
 
 def _pairs(planned: PlannedCall) -> Pairs:

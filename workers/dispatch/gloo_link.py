@@ -39,7 +39,7 @@ class GlooLink:
         self.incarnation = incarnation
         self._group = group
         self._peer = 1 - rank
-        self._terms = terms
+        self.terms = terms
         self._pin_memory = pin_memory
         self._timeout = timedelta(seconds=terms.link_timeout_s)
         self._sending: dict[int, tuple[dist.Work, Frame]] = {}
@@ -51,9 +51,9 @@ class GlooLink:
     def send(self, frame: Frame, header: Header) -> None:
         """See `Link`."""
         message = frame.message(header.num_rows)
-        if self._terms.version != VERSION:
-            header = header._replace(version=self._terms.version)
-        frame.seal(header, payload_checksum=self._terms.payload_checksum)
+        if self.terms.version != VERSION:
+            header = header._replace(version=self.terms.version)
+        frame.seal(header, payload_checksum=self.terms.payload_checksum)
         # Held until the Work is kept: the answer may be here before `send` has returned.
         with self._send_lock:
             if self._closed:
@@ -105,10 +105,10 @@ class GlooLink:
 
     def request_frame(self, capacity_rows: int | None = None) -> RequestFrame:
         """See `Link`."""
-        capacity = self._terms.capacity_rows if capacity_rows is None else capacity_rows
-        return RequestFrame(self._terms.shape, capacity, pin_memory=self._pin_memory)
+        capacity = self.terms.capacity_rows if capacity_rows is None else capacity_rows
+        return RequestFrame(self.terms.shape, capacity, pin_memory=self._pin_memory)
 
-    def reply_frame(self) -> ReplyFrame:
+    def reply_frame(self, capacity_rows: int | None = None) -> ReplyFrame:
         """See `Link`."""
-        capacity = self._terms.capacity_rows
-        return ReplyFrame(self._terms.shape, capacity, pin_memory=self._pin_memory)
+        capacity = self.terms.capacity_rows if capacity_rows is None else capacity_rows
+        return ReplyFrame(self.terms.shape, capacity, pin_memory=self._pin_memory)

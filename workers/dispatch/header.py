@@ -3,13 +3,14 @@
 All rows of a message have one stride, so that a message is a prefix of its frame and every view
 is made once:
 
-    row 0        header, 64 bytes
-    request row  [ hidden values: H x compute dtype | expert ids: K x int32, -1 none | weights: K x float32 ]
-    reply row    [ partial sum: H x float32 | row of the request: int32 | experts summed: 32-bit mask ]
+    row 0    header, 64 bytes
+    request  [ hidden values: H x compute dtype | mask | K expert ids, -1 none | K weights ]
+    reply    [ partial sum: H x float32 | mask | row of the request ]
 
-Bit k of the mask says that expert k of the request's row is in the sum. Pre-summed replies hold
-one row per row of the request; bit-stable ones one row per (row, expert). Shape legend: C capacity
-in rows, H hidden size, K experts a row, R rows of a message.
+Everything but the values is 32 bits wide: masks and ids are integers, weights are float32. Bit k of
+a mask says that expert k of the request's row is asked for, or is in the sum. Pre-summed replies
+hold one row per row of the request, in order; bit-stable ones one row per (row, expert). Shape
+legend: C capacity in rows, H hidden size, K experts a row, R rows of a message.
 """
 
 import struct
@@ -82,7 +83,7 @@ class Header(NamedTuple):
     payload_checksum: int = 0
     version: int = VERSION
 
-    def pack_into(self, raw: NDArray[np.uint8]) -> None:
+    def pack_into(self, raw: memoryview) -> None:
         """Write the header and its checksum into the first 64 bytes."""
         current = self.version >= VERSION
         _BODY.pack_into(
@@ -94,7 +95,7 @@ class Header(NamedTuple):
         _CHECKSUM.pack_into(raw, _BODY.size, zlib.crc32(raw[: _BODY.size]))
 
     @classmethod
-    def unpack_from(cls, raw: NDArray[np.uint8]) -> "Header":
+    def unpack_from(cls, raw: memoryview) -> "Header":
         """Read and verify a header.
 
         Raises DispatchError when the bytes are not a header, were changed on the way, or are of a
@@ -135,20 +136,21 @@ class RowLayout(NamedTuple):
 
 
 def request_layout(shape: MessageShape) -> RowLayout:
-    """Return the layout of a request row: hidden values, then K ids and K weights."""
-    return RowLayout(shape.hidden_size, shape.dtype, 2 * shape.top_k)
+    """Return the layout of a request row: hidden values, mask, K ids, K weights."""
+    return RowLayout(shape.hidden_size, shape.dtype, 1 + 2 * shape.top_k)
 
 
 def reply_layout(shape: MessageShape) -> RowLayout:
-    """Return the layout of a reply row: float32 partial, then row and mask."""
+    """Return the layout of a reply row: float32 partial, mask, row."""
     return RowLayout(shape.hidden_size, torch.float32, 2)
 
 
 class Frame:
     """One message in memory, with views over it that are made once.
 
-    `values` is [C, H]; `words` is int32 [C, words of a row]. With `device`, the values live in
-    memory of their own there and only header and words are in `data`, which stays on the host.
+    `values_CH` are the values, `words_CW` everything else, `masks_C` each row's first word. With
+    `device`, the values live in memory of their own there, and only header and words are in
+    `data`, which stays on the host.
     """
 
     def __init__(
@@ -169,19 +171,17 @@ class Frame:
         )
         rows = self.data.view(capacity + 1, self._stride)[1:]
         raw_rows: NDArray[np.uint8] = rows.numpy()
-        self.raw: NDArray[np.uint8] = self.data.numpy()
+        self.raw = memoryview(self.data.numpy())  # type: ignore[arg-type]
         self.words_CW: NDArray[np.int32] = raw_rows[
             :, value_bytes : value_bytes + 4 * layout.num_words
         ].view(np.int32)
+        self.masks_C: NDArray[np.uint32] = self.words_CW[:, 0].view(np.uint32)
+        self._messages: dict[int, Tensor] = {}  # views for the lengths that were used
         self.values_CH: Tensor = (
             rows[:, : layout.num_values * layout.dtype.itemsize].view(layout.dtype)
             if device is None
             else torch.empty((capacity, layout.num_values), dtype=layout.dtype, device=device)
         )
-
-    def num_bytes(self, num_rows: int) -> int:
-        """Return the length of a message of `num_rows` rows."""
-        return (num_rows + 1) * self._stride
 
     def message(self, num_rows: int) -> Tensor:
         """Return the bytes of the message: header and `num_rows` rows.
@@ -190,7 +190,10 @@ class Frame:
         """
         if not 0 <= num_rows <= self.capacity:
             raise DispatchError(f"{num_rows} rows in a frame of {self.capacity}")
-        return self.data[: (num_rows + 1) * self._stride]
+        message = self._messages.get(num_rows)
+        if message is None:
+            message = self._messages[num_rows] = self.data[: (num_rows + 1) * self._stride]
+        return message
 
     def checksum(self, num_rows: int) -> int:
         """Return the checksum of the rows in `data`; never 0, which stands for none."""
@@ -216,7 +219,7 @@ class Frame:
 
 
 class RequestFrame(Frame):
-    """A frame for requests: `ids_CK` and `weights_CK` are host views beside the values."""
+    """A frame for requests: `ids_CK` and `weights_CK` beside the values and masks."""
 
     def __init__(
         self,
@@ -227,12 +230,13 @@ class RequestFrame(Frame):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(request_layout(shape), capacity, pin_memory=pin_memory, device=device)
-        self.ids_CK = self.words_CW[:, : shape.top_k]
-        self.weights_CK: NDArray[np.float32] = self.words_CW[:, shape.top_k :].view(np.float32)
+        top_k = shape.top_k
+        self.ids_CK = self.words_CW[:, 1 : 1 + top_k]
+        self.weights_CK: NDArray[np.float32] = self.words_CW[:, 1 + top_k :].view(np.float32)
 
 
 class ReplyFrame(Frame):
-    """A frame for replies: `rows_C` and `masks_C` are host views beside the partial sums."""
+    """A frame for replies: `rows_C` beside the partial sums and masks."""
 
     def __init__(
         self,
@@ -243,5 +247,4 @@ class ReplyFrame(Frame):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(reply_layout(shape), capacity, pin_memory=pin_memory, device=device)
-        self.rows_C = self.words_CW[:, 0]
-        self.masks_C: NDArray[np.uint32] = self.words_CW[:, 1].view(np.uint32)
+        self.rows_C = self.words_CW[:, 1]

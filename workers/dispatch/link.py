@@ -43,6 +43,6 @@ class Link(Protocol):
         """Return a new frame for requests, of the agreed capacity unless a smaller one is given."""
         ...
 
-    def reply_frame(self) -> ReplyFrame:
-        """Return a new frame for replies, of the capacity that both sides agreed on."""
+    def reply_frame(self, capacity_rows: int | None = None) -> ReplyFrame:
+        """Return a new frame for replies, of the agreed capacity unless a smaller one is given."""
         ...

@@ -175,7 +175,7 @@ class LinkSet:
             payload_checksum=options.payload_checksum,
         )
         self._store = LinkStore.serve(host, options.connect_timeout_s)
-        self._opener = LinkOpener(host, options.device, options.connect_timeout_s)
+        self._opener = LinkOpener(host, options.device, options.connect_timeout_s, clock)
         self.store_address = f"{host}:{self._store.port}"
         self._closed = threading.Event()
         self._pinger = threading.Thread(target=self._ping_idle, name="link-pings", daemon=True)

@@ -12,17 +12,16 @@ Not run where this was written: there was no GPU.
 """
 
 import threading
-import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
-from workers.clock import Clock, SystemClock
+from workers.clock import Clock
 from workers.dispatch.gloo_link import GlooLink
 from workers.dispatch.header import Frame, Header, ReplyFrame, RequestFrame
-from workers.dispatch.options import LinkTerms
 from workers.errors import LinkClosedError
 
 # What a process that opens NCCL links must have in its environment before it imports torch: by
@@ -47,58 +46,51 @@ def bucket_of(num_rows: int, capacity_rows: int) -> int:
     return min(capacity_rows, 1 << max(0, num_rows - 1).bit_length())
 
 
-def open_nccl_link(
-    doorbell: GlooLink,
-    store: dist.Store,
-    rank: int,
-    terms: LinkTerms,
-    device: torch.device,
-    timeout_s: float,
-) -> "NcclLink":
-    """Open both NCCL groups of a link whose doorbell is open; the worker does the same.
+class NcclPair(NamedTuple):
+    """The two NCCL groups of a link, one for each direction, as one side sees them."""
+
+    outgoing: dist.ProcessGroup
+    incoming: dist.ProcessGroup
+
+
+def open_nccl_pair(store: Store, rank: int, device: torch.device, timeout_s: float) -> NcclPair:
+    """Open both groups of a link whose doorbell is open; the peer does the same.
 
     Raises RuntimeError when the peer does not come within `timeout_s`.
     """
-    requests = _open_group(dist.PrefixStore("requests", store), rank, device, timeout_s)
-    replies = _open_group(dist.PrefixStore("replies", store), rank, device, timeout_s)
-    outgoing, incoming = (requests, replies) if rank == 0 else (replies, requests)
-    return NcclLink(doorbell, outgoing, incoming, rank, terms, device, SystemClock())
+    requests = _open_group(PrefixStore("requests", store), rank, device, timeout_s)
+    replies = _open_group(PrefixStore("replies", store), rank, device, timeout_s)
+    return NcclPair(requests, replies) if rank == 0 else NcclPair(replies, requests)
 
 
-def _open_group(store: dist.Store, rank: int, device: torch.device, timeout_s: float) -> Any:
-    nccl: Any = dist.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001
+def _open_group(
+    store: Store, rank: int, device: torch.device, timeout_s: float
+) -> dist.ProcessGroup:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)  # noqa: SLF001 - as in workers/mesh.py
     options.config.blocking = False
     options.config.max_ctas = 2  # small kernels, so that links do not wait for each other's
-    group = nccl(store, rank, 2, options)
-    group.eager_connect_single_device(device)
+    backend: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
+    backend.eager_connect_single_device(device)
+    group: dist.ProcessGroup = backend
     return group
 
 
 class NcclLink:
-    """A `Link` whose frames hold their values in GPU memory."""
+    """A `Link` whose frames hold their values in GPU memory; `rank` 0 is the gateway."""
 
     def __init__(
-        self,
-        doorbell: GlooLink,
-        outgoing: Any,
-        incoming: Any,
-        rank: int,
-        terms: LinkTerms,
-        device: torch.device,
-        clock: Clock,
+        self, doorbell: GlooLink, pair: NcclPair, rank: int, *, device: torch.device, clock: Clock
     ) -> None:
         self.incarnation = doorbell.incarnation
         self._doorbell = doorbell
-        self._outgoing = outgoing
-        self._incoming = incoming
+        self._pair = pair
         self._peer = 1 - rank
-        self._terms = terms
+        self._terms = doorbell.terms
         self._device = device
         self._clock = clock
-        self._receives = torch.cuda.Stream(device)
-        self._sends: dict[int, Any] = {}
+        self._receives: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._sends: dict[int, dist.Work] = {}
         self._closed = threading.Event()
 
     def send(self, frame: Frame, header: Header) -> None:
@@ -107,7 +99,7 @@ class NcclLink:
             header = header._replace(capacity=bucket_of(header.num_rows, frame.capacity))
             values = frame.values_CH[: header.capacity].view(torch.uint8)
             try:
-                self._sends[header.buffer] = self._outgoing.send([values], self._peer, 0)
+                self._sends[header.buffer] = self._pair.outgoing.send([values], self._peer, 0)
             except RuntimeError as error:
                 raise LinkClosedError(f"the link broke: {error}") from error
         self._doorbell.send(frame, header)
@@ -121,23 +113,27 @@ class NcclLink:
         return header
 
     def _receive_values(self, frame: Frame, num_rows: int) -> None:
-        deadline_s = self._clock.now_s() + self._terms.link_timeout_s
-        arrived = torch.cuda.Event()
+        arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         try:
             with torch.cuda.stream(self._receives):
                 values = frame.values_CH[:num_rows].view(torch.uint8)
-                self._incoming.recv([values], self._peer, 0).wait()  # makes the stream wait
+                self._pair.incoming.recv([values], self._peer, 0).wait()  # the stream waits
                 arrived.record()
-            while not arrived.query():
-                if self._closed.is_set() or self._clock.now_s() > deadline_s:
-                    raise LinkClosedError("the values of a message did not arrive")
-                time.sleep(_POLL_S)
+            in_time = self._wait_for(arrived)
         except RuntimeError as error:
             self.close()
             raise LinkClosedError(f"the link broke: {error}") from error
-        except LinkClosedError:
+        if not in_time:
             self.close()
-            raise
+            raise LinkClosedError("the values of a message did not arrive")
+
+    def _wait_for(self, arrived: "torch.cuda.Event") -> bool:
+        """Wait for an event on the device, the link's end or its time-out; whether it came."""
+        deadline_s = self._clock.now_s() + self._terms.link_timeout_s
+        while not arrived.query():  # type: ignore[no-untyped-call]
+            if self._clock.now_s() > deadline_s or self._closed.wait(_POLL_S):
+                return False
+        return True
 
     def close(self) -> None:
         """See `Link`. The groups are aborted in the background."""
@@ -148,7 +144,7 @@ class NcclLink:
         threading.Thread(target=self._abort, name="nccl-abort", daemon=True).start()
 
     def _abort(self) -> None:
-        for group in (self._outgoing, self._incoming):
+        for group in self._pair:
             group.abort()
 
     def request_frame(self, capacity_rows: int | None = None) -> RequestFrame:
@@ -156,6 +152,7 @@ class NcclLink:
         capacity = self._terms.capacity_rows if capacity_rows is None else capacity_rows
         return RequestFrame(self._terms.shape, capacity, device=self._device)
 
-    def reply_frame(self) -> ReplyFrame:
+    def reply_frame(self, capacity_rows: int | None = None) -> ReplyFrame:
         """See `Link`."""
-        return ReplyFrame(self._terms.shape, self._terms.capacity_rows, device=self._device)
+        capacity = self._terms.capacity_rows if capacity_rows is None else capacity_rows
+        return ReplyFrame(self._terms.shape, capacity, device=self._device)

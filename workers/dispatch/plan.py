@@ -6,7 +6,7 @@ experts so far. Runs once a layer and step, hence numpy tables made once per Vie
 Shape legend: R rows, K experts a row, W workers, E experts, L layers; id -1 means no expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -18,7 +18,7 @@ from workers.placement import MemberId, MemberState, View
 NO_EXPERT = -1
 _UNSERVED = -1
 _ABSENT = -2
-_BIT_K: NDArray[np.uint32] = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32))
+BIT_K: NDArray[np.uint32] = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32))
 
 
 class Standing(IntEnum):
@@ -78,8 +78,9 @@ class _LayerTable:
 class Planner:
     """Plans calls for one View and one standing of each of its workers.
 
-    `rows_per_call` is what one message holds. `without` names (layer, worker, expert) that a worker said it does not hold, whatever the View
-    says. Tables of a layer are made when it is first asked for.
+    `rows_per_call` is what one message holds. `without` names (layer, worker, expert) that a worker
+    said it does not hold, whatever the View says. Tables of a layer are made when it is first asked
+    for.
     """
 
     def __init__(
@@ -97,33 +98,37 @@ class Planner:
         self._tables: list[_LayerTable | None] = [None] * index.holds_LWE.shape[0]
 
     def plan(
-        self, layer: int, ids_RK: NDArray[np.integer], load_W: Sequence[int] | None = None
+        self,
+        layer: int,
+        ids_RK: NDArray[np.int32],
+        load: Callable[[], Sequence[int]] | None = None,
     ) -> Plan:
         """Assign every (row, expert) to a worker.
 
         Args:
             layer: Layer index.
             ids_RK: Expert ids; -1 where a row names none.
-            load_W: Experts that each worker is already computing for us; zeros when None.
+            load: Says how many experts each worker is already computing for us; asked for only
+                when there is a choice, none when None.
         """
         table = self._tables[layer]
         if table is None:
             table = self._tables[layer] = self._make_table(layer)
-        num_workers = len(self.index.workers)
         activated = None
         choice_E = table.primary_E
         if table.has_choice:
-            choice_E, activated = _choose(table, ids_RK, load_W or [0] * num_workers)
+            load_W = load() if load else [0] * len(self.index.workers)
+            choice_E, activated = _choose(table, ids_RK, load_W)
         return self._share_out(choice_E[ids_RK], ids_RK, activated)
 
     def _share_out(
-        self, worker_RK: NDArray[np.int16], ids_RK: NDArray[np.integer], activated: list[int] | None
+        self, worker_RK: NDArray[np.int16], ids_RK: NDArray[np.int32], activated: list[int] | None
     ) -> Plan:
         """Cut the pairs by worker; each worker gets only the rows that touch it."""
         present = sorted(set(worker_RK.ravel().tolist()) - {_ABSENT})
         mine_NRK = worker_RK == np.array(present, dtype=np.int16)[:, None, None]
-        masks_NR = mine_NRK.dot(_BIT_K[: ids_RK.shape[1]])
-        ids_NRK = np.where(mine_NRK, ids_RK, NO_EXPERT).astype(np.int32, copy=False)
+        masks_NR = mine_NRK.dot(BIT_K[: ids_RK.shape[1]])
+        ids_NRK = np.where(mine_NRK, ids_RK, np.int32(NO_EXPERT))
         whole_N = masks_NR.all(axis=1).tolist()
         calls: list[PlannedCall] = []
         unserved = None
@@ -144,13 +149,13 @@ class Planner:
                 calls.extend(_split(call, self._rows_per_call))
         return Plan(calls, unserved)
 
-    def serves(self, layer: int, ids_RK: NDArray[np.integer]) -> bool:
+    def serves(self, layer: int, ids_RK: NDArray[np.int32]) -> bool:
         """Whether each of these experts has a worker in good standing."""
         held_E = self._holds(layer)[self._standing_W == Standing.GOOD].any(axis=0)
         return bool(held_E[ids_RK[ids_RK >= 0]].all())
 
     def _holds(self, layer: int) -> NDArray[np.bool_]:
-        holds_WE = self.index.holds_LWE[layer]
+        holds_WE: NDArray[np.bool_] = self.index.holds_LWE[layer]
         missing = [(w, e) for at, w, e in self._without if at == layer]
         if missing:
             holds_WE = holds_WE.copy()
@@ -177,7 +182,7 @@ class Planner:
 
 
 def _choose(
-    table: _LayerTable, ids_RK: NDArray[np.integer], load_W: Sequence[int]
+    table: _LayerTable, ids_RK: NDArray[np.int32], load_W: Sequence[int]
 ) -> tuple[NDArray[np.int16], list[int]]:
     """Return the worker of each expert [E + 1], and how many experts each worker then computes."""
     seen_E = np.zeros(len(table.primary_E), dtype=bool)

@@ -35,6 +35,13 @@ class Pairs:
     ids_RK: NDArray[np.int32]
     masks_R: NDArray[np.uint32]
 
+    @classmethod
+    def all_of(cls, ids_TK: NDArray[np.int32]) -> "Pairs":
+        """Return every pair of a layer's rows."""
+        masks_T = np.empty(len(ids_TK), dtype=np.uint32)
+        masks_T.fill((1 << ids_TK.shape[1]) - 1)
+        return cls(None, ids_TK, masks_T)
+
     def only(self, masks_R: NDArray[np.uint32]) -> "Pairs":
         """Return the pairs that are in `masks_R`, a part of these."""
         kept = np.flatnonzero(masks_R)
@@ -62,7 +69,7 @@ class Attempt:
     number: int
     sent_s: float
     deadline_s: float
-    payload: Any = None
+    payload: Any = None  # what `reply` was given
     answered: bool = False
     lost: bool = False
     covered: bool = False
@@ -107,6 +114,7 @@ class LayerCall:
         self.outstanding: dict[int, Attempt] = {}
         self.accepted: list[Attempt] = []
         self.complete = False
+        self.disturbed = False  # something was lost, left out or hedged
         self._unplanned: list[Group] = [self.root]
 
     def needs(self) -> list[Group]:
@@ -133,7 +141,7 @@ class LayerCall:
         worker: MemberId,
         incarnation: int,
         summed_R: NDArray[np.uint32],
-        payload: Any,
+        payload: object,
     ) -> Attempt | None:
         """Take a reply; returns its attempt when it was accepted, None when it must be dropped.
 
@@ -204,6 +212,7 @@ class LayerCall:
     def _add_group(self, attempt: Attempt, pairs: Pairs) -> Group:
         group = Group(waiting=pairs, number=attempt.number + 1, parent=attempt)
         attempt.groups.append(group)
+        self.disturbed = True
         self._unplanned.append(group)
         return group
 

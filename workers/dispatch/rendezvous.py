@@ -16,11 +16,12 @@ import threading
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from workers.clock import Clock
 from workers.dispatch.gloo_link import GlooLink
 from workers.dispatch.link import Link
-from workers.dispatch.nccl_link import open_nccl_link
+from workers.dispatch.nccl_link import NcclLink, open_nccl_pair
 from workers.dispatch.options import LinkTerms, Transport
 from workers.errors import DispatchError, LinkClosedError
 from workers.mesh import make_gloo_device, make_gloo_group
@@ -34,14 +35,14 @@ _LONGEST_PAUSE_S = 0.1
 class LinkStore:
     """A client's or the server's end of one gateway rank's store. Not shared between threads."""
 
-    def __init__(self, store: dist.TCPStore) -> None:
+    def __init__(self, store: TCPStore) -> None:
         self._store = store
 
     @classmethod
     def serve(cls, host: str, timeout_s: float) -> "LinkStore":
         """Start the store of a gateway rank on a free port."""
         return cls(
-            dist.TCPStore(
+            TCPStore(
                 host,
                 0,
                 is_master=True,
@@ -56,9 +57,7 @@ class LinkStore:
         host, _, port = address.rpartition(":")
         try:
             return cls(
-                dist.TCPStore(
-                    host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s)
-                )
+                TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
             )
         except RuntimeError as error:
             raise LinkClosedError(f"no link store at {address}: {error}") from error
@@ -70,11 +69,11 @@ class LinkStore:
 
     def clone(self) -> "LinkStore":
         """Return a client with a connection of its own."""
-        return LinkStore(self._store.clone())
+        return LinkStore(self._store.clone())  # type: ignore[attr-defined]
 
-    def under(self, prefix: str) -> dist.Store:
+    def under(self, prefix: str) -> Store:
         """Return the store that a process group may use."""
-        return dist.PrefixStore(prefix, self._store)
+        return PrefixStore(prefix, self._store)
 
     def set(self, key: str, value: str) -> None:
         """Set a key; raises LinkClosedError when the server is gone."""
@@ -108,11 +107,12 @@ def link_key(gateway: MemberId, rank: int, worker: MemberId) -> str:
 class LinkOpener:
     """Opens links of one process; owns the one Gloo device (an epoll thread) that they share."""
 
-    def __init__(self, host: str, device: str, connect_timeout_s: float) -> None:
+    def __init__(self, host: str, device: str, connect_timeout_s: float, clock: Clock) -> None:
         self._gloo_device = make_gloo_device(host)
         self._host = host
         self._device = torch.device(device)
         self._connect_timeout_s = connect_timeout_s
+        self._clock = clock
 
     def offer(
         self, store: LinkStore, key: str, attempt: int, terms: LinkTerms, stop: threading.Event
@@ -171,13 +171,9 @@ class LinkOpener:
             )
             if terms.transport == Transport.GLOO.value:
                 return gloo
-            return open_nccl_link(
-                gloo,
-                store.under(f"{prefix}/nccl"),
-                rank,
-                terms,
-                self._device,
-                self._connect_timeout_s,
+            pair = open_nccl_pair(
+                store.under(f"{prefix}/nccl"), rank, self._device, self._connect_timeout_s
             )
+            return NcclLink(gloo, pair, rank, device=self._device, clock=self._clock)
         except RuntimeError as error:
             raise LinkClosedError(f"a link could not be opened: {error}") from error

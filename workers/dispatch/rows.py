@@ -48,35 +48,36 @@ def pack_rows(
     """Write the rows of some pairs, with their ids and weights, into a frame."""
     num_rows = len(pairs.masks_R)
     values = frame.values_CH[:num_rows]
+    frame.masks_C[:num_rows] = pairs.masks_R
     frame.ids_CK[:num_rows] = pairs.ids_RK
     if pairs.rows_R is None:
         frame.weights_CK[:num_rows] = weights_TK
         values.copy_(x_TD, non_blocking=True)
     else:
         frame.weights_CK[:num_rows] = weights_TK[pairs.rows_R]
-        rows = torch.from_numpy(pairs.rows_R).to(x_TD.device)
+        rows = torch.from_numpy(pairs.rows_R)
+        if x_TD.is_cuda:
+            rows = rows.to(x_TD.device)
         values.copy_(x_TD.index_select(0, rows), non_blocking=True)
     if x_TD.is_cuda and not values.is_cuda:
         torch.cuda.current_stream(x_TD.device).synchronize()  # the copy to pinned memory
 
 
-def summed_masks(
-    frame: ReplyFrame, num_rows: int, pairs: Pairs, *, row_per_expert: bool
-) -> NDArray[np.uint32]:
+def summed_masks(reply: StagedReply, pairs: Pairs, *, row_per_expert: bool) -> NDArray[np.uint32]:
     """Return, per row of the request, which of its experts a reply sums.
 
     Raises DispatchError when the reply names rows that were not sent, or a pair twice.
     """
-    num_sent = len(pairs.masks_R)
-    masks_P, rows_P = frame.masks_C[:num_rows], frame.rows_C[:num_rows]
+    num_sent, num_rows = len(pairs.masks_R), len(reply.masks_P)
     if not row_per_expert:
         if num_rows != num_sent:
             raise DispatchError(f"a reply of {num_rows} rows to {num_sent}")
-        return masks_P
+        return reply.masks_P
+    rows_P = reply.rows_P
     if num_rows and not 0 <= rows_P.min() <= rows_P.max() < num_sent:
         raise DispatchError("a reply names rows that were not sent")
     summed_R = np.zeros(num_sent, dtype=np.uint32)
-    np.bitwise_or.at(summed_R, rows_P, masks_P)
+    np.bitwise_or.at(summed_R, rows_P, reply.masks_P)
     if np.bitwise_count(summed_R).sum() != num_rows:
         raise DispatchError("a reply names a pair of row and expert twice")
     return summed_R
@@ -84,20 +85,23 @@ def summed_masks(
 
 def sum_partials(attempts: Sequence[Attempt], x_TD: Tensor) -> Tensor:
     """Add pre-summed replies in the order of the attempts; returns y_TD like `x_TD`."""
-    first = attempts[0] if attempts else None
-    if first is not None and first.pairs.rows_R is None:
-        y_TD = first.payload.values_PD.to(x_TD.device, copy=True)
-        attempts = attempts[1:]
-    else:
-        y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.float32)
+    y_TD: Tensor | None = None
     for attempt in attempts:
-        values_PD = attempt.payload.values_PD.to(x_TD.device)
+        values_PD: Tensor = attempt.payload.values_PD
+        if x_TD.is_cuda:
+            values_PD = values_PD.to(x_TD.device)
         rows_R = attempt.pairs.rows_R
-        if rows_R is None:
-            y_TD += values_PD
-        else:
+        if rows_R is not None:
+            if y_TD is None:
+                y_TD = values_PD.new_zeros(x_TD.shape)
             y_TD.index_add_(0, torch.from_numpy(rows_R).to(x_TD.device), values_PD)
-    return y_TD.to(x_TD.dtype)
+        elif y_TD is None:
+            y_TD = values_PD.clone()  # the frame is used again
+        else:
+            y_TD += values_PD
+    if y_TD is None:
+        return torch.zeros_like(x_TD)
+    return y_TD if y_TD.dtype == x_TD.dtype else y_TD.to(x_TD.dtype)
 
 
 def sum_by_expert(attempts: Sequence[Attempt], x_TD: Tensor) -> Tensor:

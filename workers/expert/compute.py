@@ -4,7 +4,7 @@ Shape legend: R rows of all calls of the batch, D hidden, K experts a row, P pai
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from workers.expert.batching import PairGroups, group_by_expert, masks_of
 from workers.expert.served_link import Call
 from workers.model.experts import ExpertShard
 
+_SMALL_PRODUCT = 2048
+
 
 class Answer(NamedTuple):
     """A call and its reply, ready to be sent."""
@@ -24,7 +26,6 @@ class Answer(NamedTuple):
     call: Call
     frame: ReplyFrame
     header: Header
-    num_pairs: int
 
     @property
     def is_stale(self) -> bool:
@@ -33,23 +34,42 @@ class Answer(NamedTuple):
 
 
 def compute_batch(
-    calls: Sequence[Call], shard: ExpertShard, slot_E: NDArray[np.int64], device: torch.device
+    calls: Sequence[Call], shard: ExpertShard, slot_F: NDArray[np.int64], device: torch.device
 ) -> list[Answer]:
     """Compute the pairs of some calls of one layer and write their replies.
 
-    A reply is STALE when some of its experts are not here; their pairs are then left out.
+    `slot_F` is the layer's row of `Lease.slots_LF`. A reply is STALE when some of its experts are
+    not here; their pairs are then left out.
     """
     x_RD, ids_RK, weights_RK = _gather(calls)
-    num_rows, top_k = ids_RK.shape
-    groups = group_by_expert(ids_RK, slot_E)
-    rows_P = torch.from_numpy(groups.rows_P).to(device)
-    weights_P = torch.from_numpy(weights_RK.reshape(-1)[groups.pairs_P]).to(device)
-    y_PD = shard.forward(x_RD.to(device), rows_P, groups.slots, groups.offsets)
+    groups = group_by_expert(ids_RK, slot_F)
+    x_RD = x_RD if device.type == "cpu" else x_RD.to(device)
+    y_PD = shard.forward(x_RD, _to(device, groups.rows_P), groups.slots, groups.offsets)
+    weights_P = weights_RK.reshape(-1)[groups.pairs_P]
+    whole = len(groups.pairs_P) == np.count_nonzero(ids_RK >= 0)
     if calls[0].header.flags & Flag.ROW_PER_EXPERT:
-        weighted_PD = y_PD * weights_P[:, None].to(y_PD.dtype)
+        weighted_PD = y_PD * _to(device, weights_P)[:, None].to(y_PD.dtype)
         return _write_by_expert(calls, weighted_PD, ids_RK, groups)
-    y_RD = sum_pairs(y_PD, weights_P, rows_P, num_rows)
-    return _write_sums(calls, y_RD, ids_RK, masks_of(groups, num_rows, top_k))
+    y_RD = _weighted_sum(y_PD, weights_P, groups.rows_P, len(ids_RK))
+    return _write_sums(calls, y_RD, None if whole else masks_of(groups, *ids_RK.shape))
+
+
+def _weighted_sum(
+    y_PD: Tensor, weights_P: NDArray[np.float32], rows_P: NDArray[np.int64], num_rows: int
+) -> Tensor:
+    """Sum each row's pairs; for a few rows as one product, which takes fewer calls."""
+    num_pairs = len(rows_P)
+    device = y_PD.device
+    if num_rows * num_pairs > _SMALL_PRODUCT:
+        return sum_pairs(y_PD, _to(device, weights_P), _to(device, rows_P), num_rows)
+    weights_RP = np.zeros((num_rows, num_pairs), dtype=np.float32)
+    weights_RP[rows_P, np.arange(num_pairs)] = weights_P
+    return torch.mm(_to(device, weights_RP).to(y_PD.dtype), y_PD)
+
+
+def _to(device: torch.device, array: NDArray[Any]) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def _gather(
@@ -68,9 +88,12 @@ def _gather(
 
 
 def _write_sums(
-    calls: Sequence[Call], y_RD: Tensor, ids_RK: NDArray[np.int32], masks_R: NDArray[np.uint32]
+    calls: Sequence[Call], y_RD: Tensor, summed_R: NDArray[np.uint32] | None
 ) -> list[Answer]:
-    """One reply row per row: the sum over those of its experts that are here."""
+    """One reply row per row: the sum over those of its experts that are here.
+
+    `summed_R` is None when they all are: the reply then names what the request asked for.
+    """
     answers = []
     start = 0
     for call in calls:
@@ -78,11 +101,12 @@ def _write_sums(
         own = slice(start, start + num_rows)
         start += num_rows
         frame = call.served.reply_frame(call.header.buffer)
-        frame.values_CH[:num_rows].copy_(y_RD[own])
-        frame.rows_C[:num_rows] = np.arange(num_rows)
-        frame.masks_C[:num_rows] = masks_R[own]
-        num_pairs = int(np.bitwise_count(masks_R[own]).sum())
-        answers.append(_answer(call, frame, num_rows, num_pairs, ids_RK[own]))
+        frame.values_CH[:num_rows].copy_(y_RD if len(calls) == 1 else y_RD[own])
+        asked_R = call.frame.masks_C[:num_rows]
+        masks_R = asked_R if summed_R is None else summed_R[own]
+        frame.masks_C[:num_rows] = masks_R
+        stale = summed_R is not None and bool((masks_R != asked_R).any())
+        answers.append(_answer(call, frame, num_rows, stale=stale))
     return answers
 
 
@@ -103,15 +127,12 @@ def _write_by_expert(
         frame.masks_C[:count] = np.left_shift(
             np.uint32(1), (groups.pairs_P[own_P] % top_k).astype(np.uint32)
         )
-        answers.append(_answer(call, frame, count, count, ids_RK[start:stop]))
+        asked = np.count_nonzero(ids_RK[start:stop] >= 0)
+        answers.append(_answer(call, frame, count, stale=bool(count < asked)))
         start = stop
     return answers
 
 
-def _answer(
-    call: Call, frame: ReplyFrame, num_rows: int, num_pairs: int, ids_RK: NDArray[np.int32]
-) -> Answer:
-    whole = num_pairs == np.count_nonzero(ids_RK >= 0)
-    kind = Kind.REPLY if whole else Kind.STALE
-    header = call.header._replace(kind=kind, num_rows=num_rows, payload_checksum=0)
-    return Answer(call, frame, header, num_pairs)
+def _answer(call: Call, frame: ReplyFrame, num_rows: int, *, stale: bool) -> Answer:
+    kind = Kind.STALE if stale else Kind.REPLY
+    return Answer(call, frame, call.header._replace(kind=kind, num_rows=num_rows))

@@ -1,4 +1,4 @@
-"""The links of an expert worker, one to each gateway rank of the View, followed as they are offered.
+"""The links of an expert worker, one to each gateway rank of the View, taken as they are offered.
 
 Per gateway rank one thread follows its offers and, per open link, one receives. A newer offer
 replaces the link: the gateway has then given up the one before.

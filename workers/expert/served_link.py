@@ -22,6 +22,7 @@ class ServedLink:
         self.link = link
         self._spare_frames = deque(link.request_frame() for _ in range(num_buffers + 1))
         self._reply_frames: dict[int, ReplyFrame] = {}
+        self._pong_frame = link.reply_frame(0)
 
     def receive(self, num_layers: int) -> tuple[Header, RequestFrame] | None:
         """Wait for the next call, answering PINGs; None when the gateway says BYE.
@@ -40,7 +41,7 @@ class ServedLink:
                 return None
             if header.kind != Kind.PING:
                 raise DispatchError(f"a message of kind {header.kind} where a call was due")
-            self.link.send(self.reply_frame(header.buffer), header._replace(kind=Kind.PONG))
+            self.link.send(self._pong_frame, header._replace(kind=Kind.PONG, num_rows=0))
 
     def reply_frame(self, buffer: int) -> ReplyFrame:
         """Return the frame from which a call on this buffer is answered."""

@@ -6,8 +6,8 @@ lease that was taken before is back, write, verify, map. So nothing is ever writ
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,17 @@ from workers.placement import ExpertId
 NO_SLOT = -1
 
 
+class Lease(NamedTuple):
+    """The map as it was when the lease was taken; the table is never changed in place.
+
+    `slots_LF` holds the slot of expert e in column e, -1 where it is not here; the last column is
+    that of no expert, so that id -1 finds it.
+    """
+
+    number: int
+    slots_LF: NDArray[np.int64]
+
+
 class SlotTable:
     """The map from expert to slot of one worker. Any thread may call anything."""
 
@@ -26,28 +37,24 @@ class SlotTable:
         self.num_slots = num_slots
         self._clock = clock
         self._changed = threading.Condition()
-        self._slots_LE = np.full((num_layers, num_experts), NO_SLOT, dtype=np.int64)
+        self._slots_LF = np.full((num_layers, num_experts + 1), NO_SLOT, dtype=np.int64)
         self._expert_of: dict[int, ExpertId] = {}
         self._leases: set[int] = set()
+        self._readers: dict[int, frozenset[int]] = {}  # leases that may still read an unmapped slot
         self._next_lease = 0
 
-    @contextmanager
-    def lease(self) -> Iterator[NDArray[np.int64]]:
-        """Hold a lease and yield slots_LE as it is now, -1 where an expert is not here.
-
-        The table is never changed in place, so it stays what it was under the lease.
-        """
+    def lease(self) -> Lease:
+        """Take a lease, to be given back with `give_back` however the computation ends."""
         with self._changed:
-            lease = self._next_lease
             self._next_lease += 1
-            self._leases.add(lease)
-            slots_LE = self._slots_LE
-        try:
-            yield slots_LE
-        finally:
-            with self._changed:
-                self._leases.remove(lease)
-                self._changed.notify_all()
+            self._leases.add(self._next_lease)
+            return Lease(self._next_lease, self._slots_LF)
+
+    def give_back(self, lease: Lease) -> None:
+        """Give a lease back: nothing is read under it any more."""
+        with self._changed:
+            self._leases.remove(lease.number)
+            self._changed.notify_all()
 
     def held(self) -> Mapping[ExpertId, int]:
         """Return the slot of every expert that is mapped."""
@@ -84,10 +91,12 @@ class SlotTable:
         deadline_s = self._clock.now_s() + timeout_s
         with self._changed:
             expert = self._expert_of.pop(slot, None)
-            if expert is not None and self._slots_LE[expert.layer, expert.expert] == slot:
+            if expert is not None and self._slots_LF[expert.layer, expert.expert] == slot:
                 self._change(expert, NO_SLOT)
-            before = frozenset(self._leases)
-            while before & self._leases:
+            if expert is not None:
+                self._readers[slot] = frozenset(self._leases)
+            readers = self._readers.get(slot, frozenset())
+            while readers & self._leases:
                 left_s = deadline_s - self._clock.now_s()
                 if left_s <= 0:
                     raise DeadlineError(f"slot {slot} is still being read")
@@ -99,6 +108,6 @@ class SlotTable:
             self._change(expert, slot)
 
     def _change(self, expert: ExpertId, slot: int) -> None:
-        slots_LE = self._slots_LE.copy()
-        slots_LE[expert.layer, expert.expert] = slot
-        self._slots_LE = slots_LE
+        slots_LF = self._slots_LF.copy()
+        slots_LF[expert.layer, expert.expert] = slot
+        self._slots_LF = slots_LF

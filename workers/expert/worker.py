@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -102,7 +103,7 @@ class ExpertWorker:
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
         self._followers = Followers(
             member,
-            opener=LinkOpener(host, options.device, options.connect_timeout_s),
+            opener=LinkOpener(host, options.device, options.connect_timeout_s, clock),
             refuse=self._refuse,
             deliver=self._deliver,
             num_layers=config.num_layers,
@@ -216,30 +217,38 @@ class ExpertWorker:
         if not calls:
             return
         started_s = self._clock.now_s()
+        lease = self._slots.lease()
         try:
-            with self._slots.lease() as slots_LE, torch.inference_mode():
+            with torch.inference_mode():
                 for batch in into_batches(calls):
-                    layer = batch[0].header.layer
-                    answers = compute_batch(batch, self._shard, slots_LE[layer], self._device)
-                    self._send(answers)
+                    slot_F = lease.slots_LF[batch[0].header.layer]
+                    self._send(compute_batch(batch, self._shard, slot_F, self._device))
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             log.exception("the worker fails: its calls go to other replicas")
             self._fail()
             raise
+        finally:
+            self._slots.give_back(lease)
         self._compute_s += self._clock.now_s() - started_s
 
     def _send(self, answers: list[Answer]) -> None:
-        status = Status.DRAINING if self._draining else Status.OK
         self._counts["batches"] += 1
         for answer in answers:
             self._counts["calls"] += 1
             self._counts["rows"] += answer.call.header.num_rows
-            self._counts["pairs"] += answer.num_pairs
+            self._counts["pairs"] += int(
+                np.bitwise_count(answer.frame.masks_C[: answer.header.num_rows]).sum()
+            )
             self._counts["stale_answers"] += answer.is_stale
             served = answer.call.served
             served.release(answer.call.frame)
-            header = answer.header._replace(status=status, queue_depth=min(len(self._queue), 65535))
+            header = answer.header
+            if self._draining or self._queue:
+                depth = min(len(self._queue), 65535)
+                header = header._replace(
+                    status=Status.DRAINING if self._draining else Status.OK, queue_depth=depth
+                )
             try:
                 served.link.send(answer.frame, header)
             except LinkClosedError as error:
