@@ -91,7 +91,10 @@ def _run(client: Path, endpoint: str) -> None:
 
 
 def _table(status: ClusterStatus) -> Table:
-    table = Table("member", "pid", "rows received", "(row, expert) pairs", "calls")
+    table = Table()
+    table.add_column("member", no_wrap=True)
+    for column in ("pid", "rows received", "(row, expert) pairs", "calls"):
+        table.add_column(column, justify="right")
     sent: dict[str, int] = {}
     for member in status.members:
         for pulse in member.pulses:

@@ -74,7 +74,7 @@ class Progress:
         """Show a status if it says something new."""
         phases = Counter((m.member.role.value, m.phase) for m in status.members)
         text = ", ".join(f"{n} {role} {phase}" for (role, phase), n in sorted(phases.items()))
-        if status.reasons and all(m.phase == "serve" for m in status.members):
+        if text and status.reasons and all(m.phase == "serve" for m in status.members):
             text += f"; {status.reasons[0]}"
         if text and text != self._last:
             self._last = text
