@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from workers.dispatch.base import Dispatcher, DispatchHandle
 from workers.mesh import TensorParallelGroup
@@ -97,8 +98,12 @@ class Decoder:
         if not flows:
             return torch.empty(0, self._config.vocab_size, device=self._device)
         x_LD = torch.cat([self._finish(flow) for flow in flows])
+        num_logits = x_LD.shape[0]
+        if self._options.bit_stable:
+            x_LD = functional.pad(x_LD, (0, 0, 0, -num_logits % ROW_TILE))
+        # All ranks; ends by the group's deadline.
         logits_LV = self._group.gather_columns(self._head(self._norm(x_LD).to(self._dtype)))
-        return logits_LV[:, : self._config.vocab_size].float()
+        return logits_LV[:num_logits, : self._config.vocab_size].float()
 
     def _begin(self, segments: Sequence[Segment], first_row: int, cache: SequenceCache) -> "_Flow":
         options = StepOptions(
@@ -144,12 +149,14 @@ class Decoder:
             layer.moe.sizes, -1
         )
         if flow.plan.num_own:
-            logits_TE, h_TD = flow.plan.cut_own(logits_SE), flow.plan.cut_own(h_SD)
-            expert_ids_TK, weights_TK = layer.moe.gate(logits_TE)
+            cut = flow.plan.cut_own
+            expert_ids_SK, weights_SK = layer.moe.gate(logits_SE)
             if self._probe is not None:
                 rows, chosen = flow.batch_rows, layer.moe.gate.num_chosen
-                self._probe.record(layer.index, rows, logits_TE, chosen)
-            flow.handle = self._dispatcher.dispatch(layer.index, h_TD, expert_ids_TK, weights_TK)
+                self._probe.record(layer.index, rows, cut(logits_SE), chosen)
+            flow.handle = self._dispatcher.dispatch(
+                layer.index, cut(h_SD), cut(expert_ids_SK), cut(weights_SK)
+            )
         shared_SD = layer.moe.shared_down(swiglu(gate_up))
         flow.x_SD = torch.addcmul(flow.x_SD, shared_SD, shared_gate.sigmoid())
 
