@@ -153,15 +153,8 @@ class Controller:
         if life is None:
             return  # the end of a process whose member was given up before
         match event:
-            case Returned(process, "pulse", value):
-                life.asked.discard(process)
-                life.heard_s[process] = self._clock.now_s()
-                if isinstance(value, Pulse):
-                    life.pulses[process] = value
-                    if value.failure:
-                        self._end(life, f"{process}: {value.failure}")
-                    elif value.order < self._view.order:
-                        self._runtime.call(process, "adopt", self._view)  # it missed one
+            case Returned(process, "pulse", Pulse() as pulse):
+                self._hear_pulse(life, process, pulse)
             case Returned(process, method, value):
                 if method == life.phase.value:
                     life.finish(process, value)
@@ -175,6 +168,15 @@ class Controller:
                 self._end(life, f"{process}: {reason}", dead=process)
             case _:
                 assert_never(event)
+
+    def _hear_pulse(self, life: Life, process: ProcessId, pulse: Pulse) -> None:
+        life.asked.discard(process)
+        life.heard_s[process] = self._clock.now_s()
+        life.pulses[process] = pulse
+        if pulse.failure:
+            self._end(life, f"{process}: {pulse.failure}")
+        elif pulse.order < self._view.order:
+            self._runtime.call(process, "adopt", self._view)  # it missed one
 
     def _end(self, life: Life, reason: str, dead: ProcessId | None = None) -> None:
         """Give a member up: the rest of its processes are ended and it leaves the View."""
