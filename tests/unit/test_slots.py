@@ -115,8 +115,3 @@ def test_an_expert_that_moved_to_another_slot_stays_when_the_old_one_is_reused(t
     with leased(table) as slots_LF:
         assert slots_LF[0, 1] == 1
         assert slots_LF[1, 2] == 0
-
-
-def test_a_slot_that_is_not_there_is_refused(table):
-    with pytest.raises(CheckpointError, match="slot 3 of 3"):
-        put(table, 3, A)

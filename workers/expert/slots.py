@@ -75,8 +75,7 @@ class SlotTable:
         Raises DeadlineError, with the slot left unmapped, when a lease is not back within
         `timeout_s`, and CheckpointError, likewise, when what was written does not verify.
         """
-        if not 0 <= slot < self.num_slots:
-            raise CheckpointError(f"slot {slot} of {self.num_slots} for {expert}")
+        assert 0 <= slot < self.num_slots, slot
         self.unmap(slot, timeout_s)
         write()
         if not verify():

@@ -20,7 +20,7 @@ from workers.clock import Clock
 from workers.dispatch.header import Status
 from workers.dispatch.options import LinkTerms
 from workers.dispatch.rendezvous import LinkOpener
-from workers.errors import LinkClosedError
+from workers.errors import LinkClosedError, PlacementError
 from workers.expert.batching import into_batches
 from workers.expert.compute import Answer, compute_batch
 from workers.expert.followers import Followers
@@ -113,8 +113,10 @@ class ExpertWorker:
     def load(self, assignment: Mapping[ExpertId, int]) -> None:
         """Bring the named slots to the named experts, while calls go on; others stay as they are.
 
-        Raises CheckpointError when an expert cannot be read or does not compute what it should.
+        Raises PlacementError, before anything is changed, when an expert or a slot does not exist,
+        and CheckpointError when an expert cannot be read or does not compute what it should.
         """
+        self._check(assignment)
         held = self._slots.held()
         for expert, slot in sorted(assignment.items(), key=lambda item: item[1]):
             if held.get(expert) != slot:
@@ -227,7 +229,6 @@ class ExpertWorker:
             self.failure = f"{type(error).__name__}: {error}"
             log.exception("the worker fails: its calls go to other replicas")
             self._fail()
-            raise
         finally:
             self._slots.give_back(lease)
         self._compute_s += self._clock.now_s() - started_s
@@ -258,6 +259,18 @@ class ExpertWorker:
         """Close the links, so that gateways send what waits here to other replicas."""
         self._closed = True
         threading.Thread(target=self._followers.close, name="closing", daemon=True).start()
+
+    def _check(self, assignment: Mapping[ExpertId, int]) -> None:
+        config, num_slots = self._config, self._slots.num_slots
+        for expert, slot in assignment.items():
+            if not (
+                0 <= expert.layer < config.num_layers and 0 <= expert.expert < config.num_experts
+            ):
+                raise PlacementError(f"{expert} does not exist in this model")
+            if not 0 <= slot < num_slots:
+                raise PlacementError(f"slot {slot} of {num_slots} for {expert}")
+        if len(set(assignment.values())) < len(assignment):
+            raise PlacementError("two experts are assigned to one slot")
 
     def _load_one(self, expert: ExpertId, slot: int) -> None:
         parameters = load_expert(
