@@ -85,9 +85,11 @@ def test_rows_survive_the_copy_of_a_prefix(dtype, hidden, top_k):
     x = torch.randn(4, hidden).to(dtype)
     ids = np.arange(4 * top_k, dtype=np.int32).reshape(4, top_k) - 1
     weights = np.random.default_rng(0).random((4, top_k), dtype=np.float32)
-    sent.values_CH[:4] = x
-    sent.ids_CK[:4] = ids
-    sent.weights_CK[:4] = weights
+    rows = sent.rows(4)
+    rows.values_RH[:] = x
+    rows.masks_R[:] = range(4)
+    rows.ids_RK[:] = ids
+    rows.weights_RK[:] = weights
     sent.seal(Header(Kind.DATA, 1, 1, num_rows=4), payload_checksum=True)
 
     message = sent.message(4)
@@ -95,9 +97,11 @@ def test_rows_survive_the_copy_of_a_prefix(dtype, hidden, top_k):
 
     header = received.open()
     assert header.num_rows == 4
-    assert torch.equal(received.values_CH[:4], x)
-    assert np.array_equal(received.ids_CK[:4], ids)
-    assert np.array_equal(received.weights_CK[:4], weights)
+    rows = received.rows(header.num_rows)
+    assert torch.equal(rows.values_RH, x)
+    assert rows.masks_R.tolist() == [0, 1, 2, 3]
+    assert np.array_equal(rows.ids_RK, ids)
+    assert np.array_equal(rows.weights_RK, weights)
 
 
 def test_changed_rows_are_noticed_when_they_are_summed():
@@ -120,7 +124,7 @@ def test_more_rows_than_fit_are_refused_on_both_sides():
 
 def test_masks_hold_every_bit():
     frame = ReplyFrame(SHAPE, 2)
-    frame.masks_C[0] = np.uint32(0xFFFFFFFF)
+    frame.rows(1).masks_R[0] = np.uint32(0xFFFFFFFF)
     assert frame.words_CW[0, 0] == -1
 
 

@@ -30,6 +30,7 @@ VERSION = 2
 OLDEST_VERSION = 1  # had neither queue depth nor payload checksum: zero, and not looked at
 HEADER_BYTES = 64
 
+_SHORT_ROWS = 64  # rows of a message whose views are kept
 _MAGIC = b"XMSH"
 _BODY = struct.Struct("<4sHBBqIHBBIIIBBHqI8x")
 _CHECKSUM = struct.Struct("<I")
@@ -145,12 +146,28 @@ def reply_layout(shape: MessageShape) -> RowLayout:
     return RowLayout(shape.hidden_size, torch.float32, 2)
 
 
-class Frame:
-    """One message in memory, with views over it that are made once.
+class RequestRows(NamedTuple):
+    """The first R rows of a request."""
 
-    `values_CH` are the values, `words_CW` everything else, `masks_C` each row's first word. With
-    `device`, the values live in memory of their own there, and only header and words are in
-    `data`, which stays on the host.
+    values_RH: Tensor
+    masks_R: NDArray[np.uint32]
+    ids_RK: NDArray[np.int32]
+    weights_RK: NDArray[np.float32]
+
+
+class ReplyRows(NamedTuple):
+    """The first R rows of a reply."""
+
+    values_RH: Tensor
+    masks_R: NDArray[np.uint32]
+    rows_R: NDArray[np.int32]
+
+
+class Frame:
+    """One message in memory, with views over it that are made once for short messages.
+
+    `values_CH` are the values, `words_CW` everything else. With `device`, the values live in memory
+    of their own there, and only header and words are in `data`, which stays on the host.
     """
 
     def __init__(
@@ -175,7 +192,6 @@ class Frame:
         self.words_CW: NDArray[np.int32] = raw_rows[
             :, value_bytes : value_bytes + 4 * layout.num_words
         ].view(np.int32)
-        self.masks_C: NDArray[np.uint32] = self.words_CW[:, 0].view(np.uint32)
         self._messages: dict[int, Tensor] = {}  # views for the lengths that were used
         self.values_CH: Tensor = (
             rows[:, : layout.num_values * layout.dtype.itemsize].view(layout.dtype)
@@ -192,7 +208,9 @@ class Frame:
             raise DispatchError(f"{num_rows} rows in a frame of {self.capacity}")
         message = self._messages.get(num_rows)
         if message is None:
-            message = self._messages[num_rows] = self.data[: (num_rows + 1) * self._stride]
+            message = self.data[: (num_rows + 1) * self._stride]
+            if num_rows <= _SHORT_ROWS:
+                self._messages[num_rows] = message
         return message
 
     def checksum(self, num_rows: int) -> int:
@@ -219,7 +237,7 @@ class Frame:
 
 
 class RequestFrame(Frame):
-    """A frame for requests: `ids_CK` and `weights_CK` beside the values and masks."""
+    """A frame for requests."""
 
     def __init__(
         self,
@@ -230,13 +248,27 @@ class RequestFrame(Frame):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(request_layout(shape), capacity, pin_memory=pin_memory, device=device)
-        top_k = shape.top_k
-        self.ids_CK = self.words_CW[:, 1 : 1 + top_k]
-        self.weights_CK: NDArray[np.float32] = self.words_CW[:, 1 + top_k :].view(np.float32)
+        self._top_k = shape.top_k
+        self._rows: dict[int, RequestRows] = {}
+
+    def rows(self, num_rows: int) -> RequestRows:
+        """Return views of the first rows."""
+        rows = self._rows.get(num_rows)
+        if rows is None:
+            words_RW = self.words_CW[:num_rows]
+            rows = RequestRows(
+                self.values_CH[:num_rows],
+                words_RW[:, 0].view(np.uint32),
+                words_RW[:, 1 : 1 + self._top_k],
+                words_RW[:, 1 + self._top_k :].view(np.float32),
+            )
+            if num_rows <= _SHORT_ROWS:
+                self._rows[num_rows] = rows
+        return rows
 
 
 class ReplyFrame(Frame):
-    """A frame for replies: `rows_C` beside the partial sums and masks."""
+    """A frame for replies."""
 
     def __init__(
         self,
@@ -247,4 +279,16 @@ class ReplyFrame(Frame):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(reply_layout(shape), capacity, pin_memory=pin_memory, device=device)
-        self.rows_C = self.words_CW[:, 1]
+        self._rows: dict[int, ReplyRows] = {}
+
+    def rows(self, num_rows: int) -> ReplyRows:
+        """Return views of the first rows."""
+        rows = self._rows.get(num_rows)
+        if rows is None:
+            words_RW = self.words_CW[:num_rows]
+            rows = ReplyRows(
+                self.values_CH[:num_rows], words_RW[:, 0].view(np.uint32), words_RW[:, 1]
+            )
+            if num_rows <= _SHORT_ROWS:
+                self._rows[num_rows] = rows
+        return rows

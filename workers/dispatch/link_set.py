@@ -207,6 +207,13 @@ class LinkSet:
             self.peers = {w: p for w, p in self.peers.items() if w != worker}
             self._drop(peer)
 
+    def abandon(self, opened: OpenLink) -> None:
+        """Close a link that is of no use any more; its own thread opens the next one."""
+        opened.link.close()
+        peer = self.peers.get(opened.worker)
+        if peer is not None:
+            self._user.link_down(peer, opened)
+
     def close(self) -> None:
         """Close all links and wait, within a deadline, for their threads."""
         self._closed.set()

@@ -272,16 +272,15 @@ class AnswerTimes:
 
 
 class HedgeBudget:
-    """Limits hedges to a share of the calls, beyond a handful to begin with."""
+    """Limits hedges to a share of the messages, beyond a handful to begin with."""
 
     def __init__(self, share: float, first: int = 16) -> None:
         self._share = share
         self._first = first
-        self.num_calls = 0
-        self.num_hedges = 0
+        self._num_hedges = 0
 
-    def take(self) -> bool:
-        """Whether one more hedge is within the budget; counts it if so."""
-        allowed = self.num_hedges < self._first + self._share * self.num_calls
-        self.num_hedges += allowed
+    def take(self, num_messages: int) -> bool:
+        """Whether one more hedge is within the budget after so many messages; counts it if so."""
+        allowed = self._num_hedges < self._first + self._share * num_messages
+        self._num_hedges += allowed
         return allowed

@@ -20,9 +20,7 @@ class StagedReply:
     """An accepted reply that stays in its frame until the layer is complete."""
 
     def __init__(self, opened: OpenLink, buffer: int, frame: ReplyFrame, num_rows: int) -> None:
-        self.values_PD = frame.values_CH[:num_rows]
-        self.rows_P = frame.rows_C[:num_rows]
-        self.masks_P = frame.masks_C[:num_rows]
+        self.values_PD, self.masks_P, self.rows_P = frame.rows(num_rows)
         self._opened = opened
         self._buffer = buffer
         self._frame: ReplyFrame | None = frame
@@ -45,21 +43,20 @@ class StagedReply:
 def pack_rows(
     frame: RequestFrame, pairs: Pairs, x_TD: Tensor, weights_TK: NDArray[np.float32]
 ) -> None:
-    """Write the rows of some pairs, with their ids and weights, into a frame."""
-    num_rows = len(pairs.masks_R)
-    values = frame.values_CH[:num_rows]
-    frame.masks_C[:num_rows] = pairs.masks_R
-    frame.ids_CK[:num_rows] = pairs.ids_RK
+    """Write the rows of some pairs, with masks, ids and weights, into a frame."""
+    values_RH, masks_R, ids_RK, weights_RK = frame.rows(len(pairs.masks_R))
+    masks_R[:] = pairs.masks_R
+    ids_RK[:] = pairs.ids_RK
     if pairs.rows_R is None:
-        frame.weights_CK[:num_rows] = weights_TK
-        values.copy_(x_TD, non_blocking=True)
+        weights_RK[:] = weights_TK
+        values_RH.copy_(x_TD, non_blocking=True)
     else:
-        frame.weights_CK[:num_rows] = weights_TK[pairs.rows_R]
+        weights_RK[:] = weights_TK[pairs.rows_R]
         rows = torch.from_numpy(pairs.rows_R)
         if x_TD.is_cuda:
             rows = rows.to(x_TD.device)
-        values.copy_(x_TD.index_select(0, rows), non_blocking=True)
-    if x_TD.is_cuda and not values.is_cuda:
+        values_RH.copy_(x_TD.index_select(0, rows), non_blocking=True)
+    if x_TD.is_cuda and not values_RH.is_cuda:
         torch.cuda.current_stream(x_TD.device).synchronize()  # the copy to pinned memory
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.dispatch.header import Flag, Header, Kind, ReplyFrame
 from workers.dispatch.pairs import sum_pairs
+from workers.dispatch.plan import BIT_K
 from workers.expert.batching import PairGroups, group_by_expert, masks_of
 from workers.expert.served_link import Call
 from workers.model.experts import ExpertShard
@@ -33,9 +34,16 @@ class Answer(NamedTuple):
         return self.header.kind == Kind.STALE
 
 
+class Batch(NamedTuple):
+    """What was computed for some calls: their answers, and how many (row, expert) pairs."""
+
+    answers: list[Answer]
+    num_pairs: int
+
+
 def compute_batch(
     calls: Sequence[Call], shard: ExpertShard, slot_F: NDArray[np.int64], device: torch.device
-) -> list[Answer]:
+) -> Batch:
     """Compute the pairs of some calls of one layer and write their replies.
 
     `slot_F` is the layer's row of `Lease.slots_LF`. A reply is STALE when some of its experts are
@@ -43,15 +51,17 @@ def compute_batch(
     """
     x_RD, ids_RK, weights_RK = _gather(calls)
     groups = group_by_expert(ids_RK, slot_F)
+    num_pairs = len(groups.pairs_P)
     x_RD = x_RD if device.type == "cpu" else x_RD.to(device)
     y_PD = shard.forward(x_RD, _to(device, groups.rows_P), groups.slots, groups.offsets)
     weights_P = weights_RK.reshape(-1)[groups.pairs_P]
-    whole = len(groups.pairs_P) == np.count_nonzero(ids_RK >= 0)
     if calls[0].header.flags & Flag.ROW_PER_EXPERT:
         weighted_PD = y_PD * _to(device, weights_P)[:, None].to(y_PD.dtype)
-        return _write_by_expert(calls, weighted_PD, ids_RK, groups)
+        return Batch(_write_by_expert(calls, weighted_PD, ids_RK, groups), num_pairs)
     y_RD = _weighted_sum(y_PD, weights_P, groups.rows_P, len(ids_RK))
-    return _write_sums(calls, y_RD, None if whole else masks_of(groups, *ids_RK.shape))
+    whole = num_pairs == np.count_nonzero(ids_RK >= 0)
+    summed_R = None if whole else masks_of(groups, *ids_RK.shape)
+    return Batch(_write_sums(calls, y_RD, summed_R), num_pairs)
 
 
 def _weighted_sum(
@@ -62,9 +72,12 @@ def _weighted_sum(
     device = y_PD.device
     if num_rows * num_pairs > _SMALL_PRODUCT:
         return sum_pairs(y_PD, _to(device, weights_P), _to(device, rows_P), num_rows)
-    weights_RP = np.zeros((num_rows, num_pairs), dtype=np.float32)
-    weights_RP[rows_P, np.arange(num_pairs)] = weights_P
-    return torch.mm(_to(device, weights_RP).to(y_PD.dtype), y_PD)
+    weights_RP = weights_P[None]
+    if num_rows != 1:
+        weights_RP = np.zeros((num_rows, num_pairs), dtype=np.float32)
+        weights_RP[rows_P, np.arange(num_pairs)] = weights_P
+    weights = _to(device, weights_RP)
+    return torch.mm(weights if y_PD.dtype == torch.float32 else weights.to(y_PD.dtype), y_PD)
 
 
 def _to(device: torch.device, array: NDArray[Any]) -> Tensor:
@@ -76,14 +89,13 @@ def _gather(
     calls: Sequence[Call],
 ) -> tuple[Tensor, NDArray[np.int32], NDArray[np.float32]]:
     """Return the rows of all calls, with their ids and weights; views for a single call."""
-    parts = [(call.frame, call.header.num_rows) for call in calls]
+    parts = [call.frame.rows(call.header.num_rows) for call in calls]
     if len(parts) == 1:
-        frame, n = parts[0]
-        return frame.values_CH[:n], frame.ids_CK[:n], frame.weights_CK[:n]
+        return parts[0].values_RH, parts[0].ids_RK, parts[0].weights_RK
     return (
-        torch.cat([frame.values_CH[:n] for frame, n in parts]),
-        np.concatenate([frame.ids_CK[:n] for frame, n in parts]),
-        np.concatenate([frame.weights_CK[:n] for frame, n in parts]),
+        torch.cat([part.values_RH for part in parts]),
+        np.concatenate([part.ids_RK for part in parts]),
+        np.concatenate([part.weights_RK for part in parts]),
     )
 
 
@@ -101,11 +113,11 @@ def _write_sums(
         own = slice(start, start + num_rows)
         start += num_rows
         frame = call.served.reply_frame(call.header.buffer)
-        frame.values_CH[:num_rows].copy_(y_RD if len(calls) == 1 else y_RD[own])
-        asked_R = call.frame.masks_C[:num_rows]
-        masks_R = asked_R if summed_R is None else summed_R[own]
-        frame.masks_C[:num_rows] = masks_R
-        stale = summed_R is not None and bool((masks_R != asked_R).any())
+        reply = frame.rows(num_rows)
+        reply.values_RH.copy_(y_RD if len(calls) == 1 else y_RD[own])
+        asked_R = call.frame.rows(num_rows).masks_R
+        reply.masks_R[:] = asked_R if summed_R is None else summed_R[own]
+        stale = summed_R is not None and bool((reply.masks_R != asked_R).any())
         answers.append(_answer(call, frame, num_rows, stale=stale))
     return answers
 
@@ -113,22 +125,20 @@ def _write_sums(
 def _write_by_expert(
     calls: Sequence[Call], weighted_PD: Tensor, ids_RK: NDArray[np.int32], groups: PairGroups
 ) -> list[Answer]:
-    """One reply row per (row, expert) that is here, in order of expert."""
+    """One reply row per (row, expert) that is here."""
     answers = []
     top_k = ids_RK.shape[1]
     start = 0
     for call in calls:
         stop = start + call.header.num_rows
         own_P = np.flatnonzero((groups.rows_P >= start) & (groups.rows_P < stop))
-        count = len(own_P)
         frame = call.served.reply_frame(call.header.buffer)
-        frame.values_CH[:count].copy_(weighted_PD[torch.from_numpy(own_P).to(weighted_PD.device)])
-        frame.rows_C[:count] = groups.rows_P[own_P] - start
-        frame.masks_C[:count] = np.left_shift(
-            np.uint32(1), (groups.pairs_P[own_P] % top_k).astype(np.uint32)
-        )
+        reply = frame.rows(len(own_P))
+        reply.values_RH.copy_(weighted_PD[_to(weighted_PD.device, own_P)])
+        reply.rows_R[:] = groups.rows_P[own_P] - start
+        reply.masks_R[:] = BIT_K[groups.pairs_P[own_P] % top_k]
         asked = np.count_nonzero(ids_RK[start:stop] >= 0)
-        answers.append(_answer(call, frame, count, stale=bool(count < asked)))
+        answers.append(_answer(call, frame, len(own_P), stale=bool(len(own_P) < asked)))
         start = stop
     return answers
 

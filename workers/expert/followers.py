@@ -8,6 +8,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+import torch
+
 from workers.clock import Clock
 from workers.dispatch.options import LinkTerms
 from workers.dispatch.rendezvous import LinkOpener, LinkStore, link_key
@@ -145,9 +147,10 @@ class Followers:
     def _receive(self, served: ServedLink) -> None:
         """Body of the thread of one link: receive calls until it ends."""
         try:
-            while (received := served.receive(self._num_layers)) is not None:
-                header, frame = received
-                self._deliver(Call(served, header, frame, self._clock.now_s()))
+            with torch.inference_mode():  # of the thread, which may compute what it receives
+                while (received := served.receive(self._num_layers)) is not None:
+                    header, frame = received
+                    self._deliver(Call(served, header, frame, self._clock.now_s()))
         except DispatchError as error:
             if not self._closed:
                 log.warning("link to %s rank %d: %s", served.gateway, served.rank, error)

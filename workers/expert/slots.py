@@ -36,12 +36,13 @@ class SlotTable:
     def __init__(self, *, num_slots: int, num_layers: int, num_experts: int, clock: Clock) -> None:
         self.num_slots = num_slots
         self._clock = clock
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self._slots_LF = np.full((num_layers, num_experts + 1), NO_SLOT, dtype=np.int64)
         self._expert_of: dict[int, ExpertId] = {}
         self._leases: set[int] = set()
         self._readers: dict[int, frozenset[int]] = {}  # leases that may still read an unmapped slot
         self._next_lease = 0
+        self._num_waiting = 0  # for leases to come back
 
     def lease(self) -> Lease:
         """Take a lease, to be given back with `give_back` however the computation ends."""
@@ -54,7 +55,8 @@ class SlotTable:
         """Give a lease back: nothing is read under it any more."""
         with self._changed:
             self._leases.remove(lease.number)
-            self._changed.notify_all()
+            if self._num_waiting:
+                self._changed.notify_all()
 
     def held(self) -> Mapping[ExpertId, int]:
         """Return the slot of every expert that is mapped."""
@@ -95,11 +97,15 @@ class SlotTable:
             if expert is not None:
                 self._readers[slot] = frozenset(self._leases)
             readers = self._readers.get(slot, frozenset())
-            while readers & self._leases:
-                left_s = deadline_s - self._clock.now_s()
-                if left_s <= 0:
-                    raise DeadlineError(f"slot {slot} is still being read")
-                self._changed.wait(left_s)
+            self._num_waiting += 1
+            try:
+                while readers & self._leases:
+                    left_s = deadline_s - self._clock.now_s()
+                    if left_s <= 0:
+                        raise DeadlineError(f"slot {slot} is still being read")
+                    self._changed.wait(left_s)
+            finally:
+                self._num_waiting -= 1
 
     def _map(self, slot: int, expert: ExpertId) -> None:
         with self._changed:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -204,12 +203,13 @@ class ExpertWorker:
 
     def _run(self) -> None:
         """Body of the compute thread: takes over when calls came during a computation."""
-        while not self._closed:
-            if self._waiting.wait(_IDLE_TURN_S):
-                self._waiting.clear()
-                while self._queue and not self._closed:
-                    with self._computing:
-                        self._compute()
+        with torch.inference_mode():
+            while not self._closed:
+                if self._waiting.wait(_IDLE_TURN_S):
+                    self._waiting.clear()
+                    while self._queue and not self._closed:
+                        with self._computing:
+                            self._compute()
 
     def _compute(self) -> None:
         """Compute and answer everything that waits; the caller holds `_computing`."""
@@ -221,10 +221,13 @@ class ExpertWorker:
         started_s = self._clock.now_s()
         lease = self._slots.lease()
         try:
-            with torch.inference_mode():
-                for batch in into_batches(calls):
-                    slot_F = lease.slots_LF[batch[0].header.layer]
-                    self._send(compute_batch(batch, self._shard, slot_F, self._device))
+            for calls_of_layer in into_batches(calls):
+                slot_F = lease.slots_LF[calls_of_layer[0].header.layer]
+                batch = compute_batch(calls_of_layer, self._shard, slot_F, self._device)
+                self._counts["batches"] += 1
+                self._counts["pairs"] += batch.num_pairs
+                for answer in batch.answers:
+                    self._send(answer)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             log.exception("the worker fails: its calls go to other replicas")
@@ -233,27 +236,20 @@ class ExpertWorker:
             self._slots.give_back(lease)
         self._compute_s += self._clock.now_s() - started_s
 
-    def _send(self, answers: list[Answer]) -> None:
-        self._counts["batches"] += 1
-        for answer in answers:
-            self._counts["calls"] += 1
-            self._counts["rows"] += answer.call.header.num_rows
-            self._counts["pairs"] += int(
-                np.bitwise_count(answer.frame.masks_C[: answer.header.num_rows]).sum()
-            )
-            self._counts["stale_answers"] += answer.is_stale
-            served = answer.call.served
-            served.release(answer.call.frame)
-            header = answer.header
-            if self._draining or self._queue:
-                depth = min(len(self._queue), 65535)
-                header = header._replace(
-                    status=Status.DRAINING if self._draining else Status.OK, queue_depth=depth
-                )
-            try:
-                served.link.send(answer.frame, header)
-            except LinkClosedError as error:
-                log.info("no answer to %s rank %d: %s", served.gateway, served.rank, error)
+    def _send(self, answer: Answer) -> None:
+        call, frame, header = answer
+        served = call.served
+        self._counts["calls"] += 1
+        self._counts["rows"] += call.header.num_rows
+        self._counts["stale_answers"] += answer.is_stale
+        if self._draining or self._queue:
+            status = Status.DRAINING if self._draining else Status.OK
+            header = header._replace(status=status, queue_depth=min(len(self._queue), 65535))
+        served.release(call.frame)
+        try:
+            served.link.send(frame, header)
+        except LinkClosedError as error:
+            log.info("no answer to %s rank %d: %s", served.gateway, served.rank, error)
 
     def _fail(self) -> None:
         """Close the links, so that gateways send what waits here to other replicas."""
