@@ -55,14 +55,10 @@ class Experts:
 
     def dense(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Every row through each of its experts, in float64."""
-        y_TD = torch.zeros(len(x_TD), HIDDEN, dtype=torch.float64)
-        for row, (ids, weights) in enumerate(zip(ids_TK, weights_TK, strict=True)):
-            for expert, weight in zip(ids.tolist(), weights.tolist(), strict=True):
-                gate_up = self.gate_up[layer, expert].double() @ x_TD[row].double()
-                gate, up = gate_up.chunk(2)
-                hidden = functional.silu(gate) * up
-                y_TD[row] += weight * (self.down[layer, expert].double() @ hidden)
-        return y_TD
+        x, weights = x_TD.double(), weights_TK.double()
+        gate_up, down = self.gate_up[layer].double()[ids_TK], self.down[layer].double()[ids_TK]
+        gate, up = torch.einsum("tkih,th->tki", gate_up, x).chunk(2, -1)
+        return torch.einsum("tkhi,tki,tk->th", down, functional.silu(gate) * up, weights)
 
 
 class WorkerProcess:

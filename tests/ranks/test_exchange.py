@@ -170,8 +170,8 @@ def test_bit_stable_results_are_those_of_the_local_dispatcher_wherever_experts_a
 def test_a_worker_killed_in_mid_run_costs_no_row_where_a_replica_is(cluster, experts, bit_stable):
     options = DispatchOptions(bit_stable=bit_stable)
     dispatcher = start(cluster, 3, 2, options, bit_stable=bit_stable)
-    for step in range(300):
-        if step == 100:
+    for step in range(150):
+        if step == 50:
             cluster.workers["worker-1"].signal(signal.SIGKILL)
         check(dispatcher, experts, KINDS[step % 3], 1 + step % 40, step % LAYERS, step)
     assert dispatcher.stats()["links"] == 2

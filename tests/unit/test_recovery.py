@@ -202,6 +202,26 @@ def test_half_a_hedge_is_never_mixed_with_its_original():
     assert lab.winners() == ["reply to 1", "reply to 2"]
 
 
+def test_a_hedge_of_what_was_answered_in_part_is_dropped():
+    lab = Lab([[1, 2]])
+    original = lab.send(lab.need(), W[0])
+    hedge = lab.send(lab.call.hedge(original), W[1])
+    assert lab.answer(original, [1])
+    assert not lab.answer(hedge), "it holds a pair that is summed already"
+    lab.answer(lab.send(lab.need(), W[2]))
+    assert lab.winners() == ["reply to 1", "reply to 3"]
+
+
+def test_a_hedge_that_is_not_sent_yet_is_no_longer_needed_when_its_original_answers():
+    lab = Lab([[1, 2]])
+    lab.send(lab.need(), W[0], some(None, [[1, -1]], [1]), rest=some(None, [[-1, 2]], [2]))
+    second = lab.send(lab.need(), W[1])
+    lab.call.hedge(second)
+    assert lab.call.needs()
+    lab.answer(second)
+    assert not lab.call.needs()
+
+
 def test_a_lost_hedge_is_not_replaced_while_its_original_is_awaited():
     lab = Lab([[1]])
     original = lab.send(lab.need(), W[0])

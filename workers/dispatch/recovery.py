@@ -80,12 +80,7 @@ class Attempt:
     @property
     def needed(self) -> bool:
         """Whether its reply can still become part of the result."""
-        at: Attempt | None = self
-        while at is not None and at.group is not None:
-            if at.covered or at.group.dropped:
-                return False
-            at = at.group.parent
-        return True
+        return not self.covered and (self.group is None or self.group.needed)
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +99,11 @@ class Group:
         """Whether every pair of the group is summed by exactly one reply in hand."""
         return self.waiting is None and self.num_open == 0
 
+    @property
+    def needed(self) -> bool:
+        """Whether it can still become part of the result."""
+        return not self.dropped and (self.parent is None or self.parent.needed)
+
 
 class LayerCall:
     """The state of one dispatched layer (of one micro-batch)."""
@@ -121,7 +121,7 @@ class LayerCall:
         """Return the groups with waiting pairs: to be planned now, or parked."""
         if not self._unplanned or self.complete:
             return []
-        self._unplanned = [g for g in self._unplanned if g.waiting is not None and not g.dropped]
+        self._unplanned = [g for g in self._unplanned if g.waiting is not None and g.needed]
         return list(self._unplanned)
 
     def place(self, group: Group, attempts: Sequence[Attempt], rest: Pairs | None) -> None:
@@ -152,19 +152,20 @@ class LayerCall:
         attempt = self.outstanding.get(message_id)
         if attempt is None or attempt.worker != worker or attempt.incarnation != incarnation:
             return None
-        left_R = attempt.pairs.masks_R ^ summed_R
-        if self.complete or not attempt.needed or (left_R & summed_R).any():
+        asked_R = attempt.pairs.masks_R
+        whole = summed_R.tobytes() == asked_R.tobytes()  # on few rows the quickest comparison
+        if self.complete or not attempt.needed or (not whole and (summed_R & ~asked_R).any()):
             return None
         del self.outstanding[message_id]
         attempt.answered = True
         attempt.payload = payload
         self.accepted.append(attempt)
-        if left_R.any():
+        if whole:
+            self._cover(attempt)
+        else:
             for group in attempt.groups:  # a cover of all of it no longer goes with this reply
                 group.dropped = True
-            self._add_group(attempt, attempt.pairs.only(left_R))
-        else:
-            self._cover(attempt)
+            self._add_group(attempt, attempt.pairs.only(asked_R & ~summed_R))
         return attempt
 
     def link_lost(self, worker: MemberId, incarnation: int) -> list[Attempt]:
@@ -225,12 +226,11 @@ class LayerCall:
             self._settle(group)
 
     def _settle(self, group: Group) -> None:
-        parent = group.parent
-        if parent is None:
+        if group.parent is None:
             self.complete = True
-        elif not group.dropped and not parent.covered:
-            parent.winner = group
-            self._cover(parent)
+        else:
+            group.parent.winner = group
+            self._cover(group.parent)
 
 
 def _cover_of(group: Group) -> Iterator[Attempt]:

@@ -162,10 +162,10 @@ class ExpertWorker:
         Returns whether the worker fell idle within `deadline_s`.
         """
         self._draining = True
-        end_s = self._clock.now_s() + deadline_s
+        started_s = self._clock.now_s()
         pause = threading.Event()
-        while self._queue or self._clock.now_s() - self._last_call_s < _QUIET_S:
-            if self._clock.now_s() >= end_s:
+        while self._queue or self._clock.now_s() - max(started_s, self._last_call_s) < _QUIET_S:
+            if self._clock.now_s() >= started_s + deadline_s:
                 return False
             pause.wait(_QUIET_S / 10)
         return True
