@@ -122,6 +122,20 @@ def test_two_micro_batches_are_open_at_once_and_combined_in_any_order(cluster, e
             assert close_to(dispatcher.combine(handle), experts.dense(0, x, ids, weights))
 
 
+def test_calls_of_a_failed_step_are_dropped_with_their_handles(cluster, experts):
+    dispatcher = start(cluster, 2, options=DispatchOptions(capacity_rows=32, num_buffers=2))
+    for seed in range(30):
+        handles = [
+            dispatcher.dispatch(layer, *gating("random", 200, experts, seed)) for layer in (0, 1)
+        ]
+        if seed % 3 == 0:
+            time.sleep(0.02)  # some replies are here, some are not
+        del handles
+        check(dispatcher, experts, "random", 70, seed=seed)
+    assert len(dispatcher._outbox.calls) <= 2
+    assert len(dispatcher._outbox._by_message) <= 60
+
+
 def shard_of(experts, row_tile):
     """All experts in this process."""
     shard = ExpertShard(

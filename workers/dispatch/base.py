@@ -21,7 +21,7 @@ class Dispatcher(Protocol):
     """Sends rows to the replicas of their experts and returns the weighted sum over experts.
 
     Handles of several micro-batches may be open at once; each is combined exactly once, in any
-    order. Implementations belong to one thread.
+    order, or dropped by a step that failed. Implementations belong to one thread.
     """
 
     def dispatch(

@@ -21,7 +21,7 @@ from workers.dispatch.header import Header, Kind, ReplyFrame, Status
 from workers.dispatch.inbox import Arrived, Inbox
 from workers.dispatch.link_set import LinkSet, OpenLink, Peer
 from workers.dispatch.options import DispatchOptions, MessageShape
-from workers.dispatch.outbox import OpenCall, Outbox
+from workers.dispatch.outbox import CallHandle, OpenCall, Outbox
 from workers.dispatch.plan import ReplicaIndex
 from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Pairs
 from workers.dispatch.roster import Roster
@@ -107,7 +107,7 @@ class LinkDispatcher:
 
     def dispatch(
         self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
-    ) -> OpenCall:
+    ) -> CallHandle:
         """See `Dispatcher`; rows of which no replica can be reached are parked."""
         ids_TK = expert_ids_TK.cpu().numpy().astype(np.int32)
         self._num_calls += 1
@@ -118,26 +118,25 @@ class LinkDispatcher:
             number=self._num_calls,
         )
         self._take_all()  # what came late clears suspicions and frees buffers
-        self._outbox.calls.append(call)
-        self._outbox.advance(call)
-        return call
+        return self._outbox.open(call)
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         """See `Dispatcher`; waits for as long as rows are parked.
 
         Raises LinkClosedError when the dispatcher is closed meanwhile.
         """
-        assert isinstance(handle, OpenCall)
+        assert isinstance(handle, CallHandle)
+        call = handle.call
         started_s = self._clock.now_s()
-        while not self._completed(handle):
+        while not self._completed(call):
             if self._inbox.has_news:
                 self._tend()
             else:
-                self._listen(handle.state)
+                self._listen(call.state)
         self._wait_s += self._clock.now_s() - started_s
-        winners = list(handle.state.cover())
-        y_TD = (sum_by_expert if self._options.bit_stable else sum_partials)(winners, handle.x_TD)
-        self._outbox.forget(handle)
+        winners = list(call.state.cover())
+        y_TD = (sum_by_expert if self._options.bit_stable else sum_partials)(winners, call.x_TD)
+        self._outbox.forget(call)
         return y_TD
 
     def close(self) -> None:
@@ -195,7 +194,10 @@ class LinkDispatcher:
     def _take_all(self) -> None:
         """Take in all replies that are here."""
         while self._inbox.replies:
-            self._take_in(self._inbox.replies.popleft())
+            arrived = self._inbox.replies.popleft()
+            self._take_in(arrived)
+            if arrived.opened.queue:
+                self._inbox.has_news = True  # a buffer may have come free for what waits
 
     def _take_in(self, arrived: Arrived) -> None:
         """Accept a reply, or drop it when it is late."""
@@ -205,13 +207,13 @@ class LinkDispatcher:
         if peer.suspect or peer.draining != draining:
             peer.suspect, peer.draining = False, draining
             self._roster.changed()
+        staged = StagedReply(opened, header.buffer, frame, header.num_rows)
         call = self._outbox.claim(header.message_id)
         attempt = call.state.outstanding.get(header.message_id) if call is not None else None
         if call is None or attempt is None:
             self._counters["late_replies"] += 1
-            opened.release(header.buffer, frame)
+            staged.release()
             return
-        staged = StagedReply(opened, header.buffer, frame, header.num_rows)
         try:
             summed_R = summed_masks(staged, attempt.pairs, row_per_expert=self._options.bit_stable)
         except DispatchError:
@@ -231,8 +233,7 @@ class LinkDispatcher:
             experts = np.unique(left.ids_RK[left.ids_RK >= 0]).tolist()
             self._counters["stale_answers"] += 1
             self._roster.stale(peer.worker, call.state.layer, experts, at_s)
-        if header.kind == Kind.STALE or opened.queue:
-            self._inbox.has_news = True  # there is something to send
+            self._inbox.has_news = True  # there is something to send again
 
     def _overdue(self, call: OpenCall, attempt: Attempt, now_s: float) -> None:
         """A deadline passed: the worker is suspect; hedge if that can help."""

@@ -3,6 +3,7 @@
 Belongs to the model's thread. Shape legend: T rows of a layer, D hidden, K experts a row.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,17 +24,28 @@ from workers.errors import LinkClosedError
 
 @dataclass(slots=True, eq=False)
 class OpenCall:
-    """A dispatched layer until it is combined; the handle of the link dispatcher."""
+    """A dispatched layer until it is combined or dropped."""
 
     state: LayerCall
     x_TD: Tensor
     weights_TK: NDArray[np.float32]
     number: int
 
+
+class CallHandle:
+    """The handle of an open call. A step that fails drops it, and with it the call."""
+
+    def __init__(self, call: OpenCall, outbox: "Outbox") -> None:
+        self.call = call
+        self._outbox = outbox
+
     @property
     def num_rows(self) -> int:
         """Rows that were dispatched."""
-        return self.x_TD.shape[0]
+        return self.call.x_TD.shape[0]
+
+    def __del__(self) -> None:
+        self._outbox.dropped.append(self.call)
 
 
 class Outbox:
@@ -48,8 +60,17 @@ class Outbox:
         self._clock = clock
         self._by_message: dict[int, OpenCall] = {}
         self.calls: list[OpenCall] = []
+        self.dropped: deque[OpenCall] = deque()  # their handles are gone; combined or not
         self.num_messages = 0
         self.num_resends = 0
+
+    def open(self, call: OpenCall) -> CallHandle:
+        """Begin a call, after forgetting those whose handles were dropped meanwhile."""
+        while self.dropped:
+            self.forget(self.dropped.popleft())
+        self.calls.append(call)
+        self.advance(call)
+        return CallHandle(call, self)
 
     def advance(self, call: OpenCall) -> None:
         """Send what has a worker; the rest stays parked."""
@@ -84,7 +105,9 @@ class Outbox:
         opened.queue.clear()
 
     def forget(self, call: OpenCall) -> None:
-        """Release what a combined call holds; replies that still come for it are late."""
+        """Release what a call holds; replies that still come for it are late. Repeatable."""
+        if call not in self.calls:
+            return
         self.calls.remove(call)
         for attempt in call.state.accepted:
             attempt.payload.release()
