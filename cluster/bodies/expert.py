@@ -28,6 +28,9 @@ class ExpertWorkerBody(Process):
     ) -> None:
         super().__init__(Role.EXPERT_WORKER, member, config.telemetry)
         directory = Path(model_dir)
+        device, dtype = "cuda" if config.experts.num_gpus else "cpu", config.model.dtype
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
         self._worker = ExpertWorker(
             member,
             config=ModelConfig.load(directory),
@@ -37,6 +40,8 @@ class ExpertWorkerBody(Process):
                 bit_stable=config.dispatch.bit_stable,
                 capacity_rows=config.dispatch.capacity_rows,
                 num_threads=config.experts.threads,
+                device=device,
+                dtype=dtype,
             ),
             host=host or node_address(),
             clock=SystemClock(),
@@ -62,7 +67,12 @@ class ExpertWorkerBody(Process):
 
     def pulse(self) -> Pulse:
         """Say how this worker is."""
-        return Pulse(order=self.order, ready=True, stats=self._worker.stats())
+        return Pulse(
+            order=self.order,
+            ready=True,
+            failure=self._worker.failure or "",
+            stats=self._worker.stats(),
+        )
 
     def drain(self, deadline_s: float = 10.0) -> None:
         """Answer what has arrived, then close."""

@@ -89,6 +89,7 @@ def _options(config: ClusterConfig) -> GatewayOptions:
     """Translate the configuration into the gateway's own words."""
     section = config.gateways
     local = config.experts.workers == 0
+    device = "cuda" if section.num_gpus else "cpu"
     return GatewayOptions(
         max_sequences=section.max_sequences,
         max_waiting=section.max_waiting,
@@ -101,7 +102,9 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         bit_stable=config.dispatch.bit_stable,
         dtype=config.model.dtype,
         num_threads=section.threads,
+        device=device,
         dispatch=DispatchOptions(
+            device=device,
             bit_stable=config.dispatch.bit_stable,
             capacity_rows=config.dispatch.capacity_rows,
             first_deadline_s=config.dispatch.first_deadline_s,

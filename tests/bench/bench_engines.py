@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
-from tests.bench.harness_workers import expert_workers
 from transformers import DynamicCache, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
+from tests.bench.harness_workers import expert_workers
 from workers.gateway.reference import Reference
 
 CONTEXT = 128
