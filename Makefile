@@ -7,11 +7,12 @@ demo: ## Start every role on this machine, ask the shipped model a question and 
 
 test: ## Run the tests: unit, ranks, conformance, and samples of the long matrix on a real cluster
 	@tools/bootstrap.sh dev
-	@$(PYTEST) -m "not gpu and not full" --durations=10
+	@$(PYTEST) -n 2 tests/unit
+	@$(PYTEST) -m "not gpu and not full" --durations=10 tests/conformance tests/ranks tests/cluster
 
 test-unit: ## Run the unit tests only: no process, no socket
 	@tools/bootstrap.sh dev
-	@$(PYTEST) tests/unit
+	@$(PYTEST) -n 2 tests/unit
 
 test-full: ## Run the long matrix too
 	@tools/bootstrap.sh dev
