@@ -103,7 +103,7 @@ class ControlSection(_Section):
     """The controller."""
 
     journal: str = ""
-    """Directory on durable storage; a directory that ends with the cluster when empty."""
+    """Directory on durable storage; when empty, a temporary one that no later cluster reads."""
     pulse_s: Seconds = 0.5
     start_timeout_s: Seconds = 600.0
 
