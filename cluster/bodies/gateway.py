@@ -98,7 +98,7 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         num_kv_blocks=section.kv_blocks,
         context_tokens=section.context_tokens,
         local_experts=local,
-        micro_batches=section.micro_batches or (1 if local else 2),
+        micro_batches=section.micro_batches or (2 if section.num_gpus and not local else 1),
         bit_stable=config.dispatch.bit_stable,
         dtype=config.model.dtype,
         num_threads=section.threads,
