@@ -58,7 +58,7 @@ class GatewaySection(ProcessSection):
     context_tokens: Count = 0
     """Longest prompt and completion together; 0 takes the model's."""
     micro_batches: Annotated[int, Field(ge=0, le=2)] = 0
-    """1 or 2; 0 takes 2 on GPUs with expert workers, and 1 where both share the processor's cores."""
+    """1 or 2; 0 takes 2 on GPUs with expert workers, else 1: shared cores overlap nothing."""
 
 
 class ExpertSection(ProcessSection):

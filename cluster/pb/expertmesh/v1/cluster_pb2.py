@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/cluster.proto\x12\rexpertmesh.v1\"\x10\n\x0eGetViewRequest\"4\n\x0fGetViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x12\n\x10WatchViewRequest\"6\n\x11WatchViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x91\x01\n\x04View\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.expertmesh.v1.Member\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12)\n\x08\x63overage\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Coverage\"\x92\x02\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.expertmesh.v1.MemberState\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\x12\x11\n\tnum_slots\x18\x08 \x01(\r\x12\x12\n\nslots_used\x18\t \x01(\r\x12\x32\n\rgateway_stats\x18\n \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStats\x12\x0f\n\x07metrics\x18\x0b \x01(\t\"{\n\x08\x43overage\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x15\n\rnum_uncovered\x18\x03 \x01(\r\x12\x31\n\tuncovered\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.UncoveredExpert\"0\n\x0fUncoveredExpert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xc8\x03\n\x0cGatewayStats\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x19\n\x11state_blocks_used\x18\x05 \x01(\x04\x12\x1a\n\x12state_blocks_total\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x18\n\x10tokens_generated\x18\x08 \x01(\x04\x12\x18\n\x10tokens_prefilled\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x0f\n\x07resends\x18\x0b \x01(\x04\x12\x0e\n\x06hedges\x18\x0c \x01(\x04\x12\x10\n\x08parked_s\x18\r \x01(\x01\x12\x17\n\x0f\x64ispatch_wait_s\x18\x0e \x01(\x01\x12\x0e\n\x06step_s\x18\x0f \x01(\x01\x12\x45\n\x0erows_by_worker\x18\x10 \x03(\x0b\x32-.expertmesh.v1.GatewayStats.RowsByWorkerEntry\x1a\x33\n\x11RowsByWorkerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*p\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLLER\x10\x01\x12\x13\n\x0fROLE_FRONT_DOOR\x10\x02\x12\x10\n\x0cROLE_GATEWAY\x10\x03\x12\x16\n\x12ROLE_EXPERT_WORKER\x10\x04*\xa7\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMBER_STATE_JOINING\x10\x01\x12\x15\n\x11MEMBER_STATE_WARM\x10\x02\x12\x17\n\x13MEMBER_STATE_ACTIVE\x10\x03\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x04\x12\x15\n\x11MEMBER_STATE_GONE\x10\x05\x32\xac\x01\n\x0e\x43lusterService\x12H\n\x07GetView\x12\x1d.expertmesh.v1.GetViewRequest\x1a\x1e.expertmesh.v1.GetViewResponse\x12P\n\tWatchView\x12\x1f.expertmesh.v1.WatchViewRequest\x1a .expertmesh.v1.WatchViewResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/cluster.proto\x12\rexpertmesh.v1\"\x10\n\x0eGetViewRequest\"4\n\x0fGetViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x12\n\x10WatchViewRequest\"6\n\x11WatchViewResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\"\x12\n\x10GetStatusRequest\"A\n\x11GetStatusResponse\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.expertmesh.v1.ClusterStatus\"@\n\x0cScaleRequest\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\'\n\rScaleResponse\x12\x16\n\x0eprevious_count\x18\x01 \x01(\r\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\"2\n\rDrainResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"\xeb\x01\n\rClusterStatus\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.expertmesh.v1.View\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12,\n\x07members\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.MemberHealth\x12\"\n\x05pools\x18\x05 \x03(\x0b\x32\x13.expertmesh.v1.Pool\x12\x15\n\rrebalancing_s\x18\x06 \x01(\x01\x12\x18\n\x10replicas_loading\x18\x07 \x01(\r\x12\x14\n\x0c\x61llows_chaos\x18\x08 \x01(\x08\"[\n\x04Pool\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x0e\n\x06wanted\x18\x02 \x01(\r\x12\x0f\n\x07serving\x18\x03 \x01(\r\x12\x0f\n\x07standby\x18\x04 \x01(\r\"\x89\x02\n\x0cMemberHealth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x10\n\x08silent_s\x18\x04 \x01(\x01\x12\x0f\n\x07suspect\x18\x05 \x01(\x08\x12\x0f\n\x07leaving\x18\x06 \x01(\x08\x12\x14\n\x0c\x61\x64opted_term\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x64opted_version\x18\x08 \x01(\x04\x12\x30\n\x0cworker_stats\x18\t \x01(\x0b\x32\x1a.expertmesh.v1.WorkerStats\x12\x32\n\rgateway_stats\x18\n \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStats\"\xc1\x01\n\x0bWorkerStats\x12\x12\n\nslots_used\x18\x01 \x01(\x04\x12\x13\n\x0bslots_total\x18\x02 \x01(\x04\x12\r\n\x05links\x18\x03 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\x04\x12\r\n\x05pairs\x18\x06 \x01(\x04\x12\x15\n\rstale_answers\x18\x07 \x01(\x04\x12\x13\n\x0bqueue_age_s\x18\x08 \x01(\x01\x12\x11\n\tcompute_s\x18\t \x01(\x01\x12\x0f\n\x07\x62\x61tches\x18\n \x01(\x04\"\x91\x01\n\x04View\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12&\n\x07members\x18\x03 \x03(\x0b\x32\x15.expertmesh.v1.Member\x12\x17\n\x0fweights_version\x18\x04 \x01(\t\x12)\n\x08\x63overage\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Coverage\"\x92\x02\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.expertmesh.v1.MemberState\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\x12\x11\n\tnum_slots\x18\x08 \x01(\r\x12\x12\n\nslots_used\x18\t \x01(\r\x12\x32\n\rgateway_stats\x18\n \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStats\x12\x0f\n\x07metrics\x18\x0b \x01(\t\"{\n\x08\x43overage\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x15\n\rnum_uncovered\x18\x03 \x01(\r\x12\x31\n\tuncovered\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.UncoveredExpert\"0\n\x0fUncoveredExpert\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"\xc8\x03\n\x0cGatewayStats\x12\x0f\n\x07running\x18\x01 \x01(\x04\x12\x0f\n\x07waiting\x18\x02 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x19\n\x11state_blocks_used\x18\x05 \x01(\x04\x12\x1a\n\x12state_blocks_total\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x18\n\x10tokens_generated\x18\x08 \x01(\x04\x12\x18\n\x10tokens_prefilled\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x0f\n\x07resends\x18\x0b \x01(\x04\x12\x0e\n\x06hedges\x18\x0c \x01(\x04\x12\x10\n\x08parked_s\x18\r \x01(\x01\x12\x17\n\x0f\x64ispatch_wait_s\x18\x0e \x01(\x01\x12\x0e\n\x06step_s\x18\x0f \x01(\x01\x12\x45\n\x0erows_by_worker\x18\x10 \x03(\x0b\x32-.expertmesh.v1.GatewayStats.RowsByWorkerEntry\x1a\x33\n\x11RowsByWorkerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*p\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLLER\x10\x01\x12\x13\n\x0fROLE_FRONT_DOOR\x10\x02\x12\x10\n\x0cROLE_GATEWAY\x10\x03\x12\x16\n\x12ROLE_EXPERT_WORKER\x10\x04*\xa7\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMBER_STATE_JOINING\x10\x01\x12\x15\n\x11MEMBER_STATE_WARM\x10\x02\x12\x17\n\x13MEMBER_STATE_ACTIVE\x10\x03\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x04\x12\x15\n\x11MEMBER_STATE_GONE\x10\x05\x32\x84\x03\n\x0e\x43lusterService\x12H\n\x07GetView\x12\x1d.expertmesh.v1.GetViewRequest\x1a\x1e.expertmesh.v1.GetViewResponse\x12P\n\tWatchView\x12\x1f.expertmesh.v1.WatchViewRequest\x1a .expertmesh.v1.WatchViewResponse0\x01\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponse\x12\x42\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x1c.expertmesh.v1.ScaleResponse\x12\x42\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1c.expertmesh.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._loaded_options = None
   _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1253
-  _globals['_ROLE']._serialized_end=1365
-  _globals['_MEMBERSTATE']._serialized_start=1368
-  _globals['_MEMBERSTATE']._serialized_end=1535
+  _globals['_ROLE']._serialized_start=2326
+  _globals['_ROLE']._serialized_end=2438
+  _globals['_MEMBERSTATE']._serialized_start=2441
+  _globals['_MEMBERSTATE']._serialized_end=2608
   _globals['_GETVIEWREQUEST']._serialized_start=46
   _globals['_GETVIEWREQUEST']._serialized_end=62
   _globals['_GETVIEWRESPONSE']._serialized_start=64
@@ -45,18 +45,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHVIEWREQUEST']._serialized_end=136
   _globals['_WATCHVIEWRESPONSE']._serialized_start=138
   _globals['_WATCHVIEWRESPONSE']._serialized_end=192
-  _globals['_VIEW']._serialized_start=195
-  _globals['_VIEW']._serialized_end=340
-  _globals['_MEMBER']._serialized_start=343
-  _globals['_MEMBER']._serialized_end=617
-  _globals['_COVERAGE']._serialized_start=619
-  _globals['_COVERAGE']._serialized_end=742
-  _globals['_UNCOVEREDEXPERT']._serialized_start=744
-  _globals['_UNCOVEREDEXPERT']._serialized_end=792
-  _globals['_GATEWAYSTATS']._serialized_start=795
-  _globals['_GATEWAYSTATS']._serialized_end=1251
-  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_start=1200
-  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_end=1251
-  _globals['_CLUSTERSERVICE']._serialized_start=1538
-  _globals['_CLUSTERSERVICE']._serialized_end=1710
+  _globals['_GETSTATUSREQUEST']._serialized_start=194
+  _globals['_GETSTATUSREQUEST']._serialized_end=212
+  _globals['_GETSTATUSRESPONSE']._serialized_start=214
+  _globals['_GETSTATUSRESPONSE']._serialized_end=279
+  _globals['_SCALEREQUEST']._serialized_start=281
+  _globals['_SCALEREQUEST']._serialized_end=345
+  _globals['_SCALERESPONSE']._serialized_start=347
+  _globals['_SCALERESPONSE']._serialized_end=386
+  _globals['_DRAINREQUEST']._serialized_start=388
+  _globals['_DRAINREQUEST']._serialized_end=418
+  _globals['_DRAINRESPONSE']._serialized_start=420
+  _globals['_DRAINRESPONSE']._serialized_end=470
+  _globals['_CLUSTERSTATUS']._serialized_start=473
+  _globals['_CLUSTERSTATUS']._serialized_end=708
+  _globals['_POOL']._serialized_start=710
+  _globals['_POOL']._serialized_end=801
+  _globals['_MEMBERHEALTH']._serialized_start=804
+  _globals['_MEMBERHEALTH']._serialized_end=1069
+  _globals['_WORKERSTATS']._serialized_start=1072
+  _globals['_WORKERSTATS']._serialized_end=1265
+  _globals['_VIEW']._serialized_start=1268
+  _globals['_VIEW']._serialized_end=1413
+  _globals['_MEMBER']._serialized_start=1416
+  _globals['_MEMBER']._serialized_end=1690
+  _globals['_COVERAGE']._serialized_start=1692
+  _globals['_COVERAGE']._serialized_end=1815
+  _globals['_UNCOVEREDEXPERT']._serialized_start=1817
+  _globals['_UNCOVEREDEXPERT']._serialized_end=1865
+  _globals['_GATEWAYSTATS']._serialized_start=1868
+  _globals['_GATEWAYSTATS']._serialized_end=2324
+  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_start=2273
+  _globals['_GATEWAYSTATS_ROWSBYWORKERENTRY']._serialized_end=2324
+  _globals['_CLUSTERSERVICE']._serialized_start=2611
+  _globals['_CLUSTERSERVICE']._serialized_end=2999
 # @@protoc_insertion_point(module_scope)

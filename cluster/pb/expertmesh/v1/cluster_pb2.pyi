@@ -134,6 +134,311 @@ class WatchViewResponse(_message.Message):
 Global___WatchViewResponse: _TypeAlias = WatchViewResponse  # noqa: Y015
 
 @_typing.final
+class GetStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___ClusterStatus: ...
+    def __init__(
+        self,
+        *,
+        status: Global___ClusterStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
+
+@_typing.final
+class ScaleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREVIOUS_COUNT_FIELD_NUMBER: _builtins.int
+    previous_count: _builtins.int
+    """How many were wanted before."""
+    def __init__(
+        self,
+        *,
+        previous_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous_count", b"previous_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleResponse: _TypeAlias = ScaleResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    member: _builtins.str
+    """A member's name, or NAME.INCARNATION."""
+    def __init__(
+        self,
+        *,
+        member: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The one that leaves."""
+    incarnation: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class ClusterStatus(_message.Message):
+    """The cluster as its controller knows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIEW_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    REBALANCING_S_FIELD_NUMBER: _builtins.int
+    REPLICAS_LOADING_FIELD_NUMBER: _builtins.int
+    ALLOWS_CHAOS_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    rebalancing_s: _builtins.float
+    """Seconds since every expert last had its wanted copies; 0 while it has."""
+    replicas_loading: _builtins.int
+    """Replicas that are being loaded."""
+    allows_chaos: _builtins.bool
+    """Whether faults may be injected: the cluster was started with --allow-chaos."""
+    @_builtins.property
+    def view(self) -> Global___View:
+        """The newest published View, which may be newer than the one that GetView returns."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it is not ready; what stalls is named here."""
+
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberHealth]: ...
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
+    def __init__(
+        self,
+        *,
+        view: Global___View | None = ...,
+        ready: _builtins.bool = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        members: _abc.Iterable[Global___MemberHealth] | None = ...,
+        pools: _abc.Iterable[Global___Pool] | None = ...,
+        rebalancing_s: _builtins.float = ...,
+        replicas_loading: _builtins.int = ...,
+        allows_chaos: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_chaos", b"allows_chaos", "members", b"members", "pools", b"pools", "ready", b"ready", "reasons", b"reasons", "rebalancing_s", b"rebalancing_s", "replicas_loading", b"replicas_loading", "view", b"view"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class Pool(_message.Message):
+    """The members of one role: how many are wanted, serve, and stand by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    wanted: _builtins.int
+    serving: _builtins.int
+    standby: _builtins.int
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        wanted: _builtins.int = ...,
+        serving: _builtins.int = ...,
+        standby: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "serving", b"serving", "standby", b"standby", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pool: _TypeAlias = Pool  # noqa: Y015
+
+@_typing.final
+class MemberHealth(_message.Message):
+    """What the controller last heard of a member."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    SILENT_S_FIELD_NUMBER: _builtins.int
+    SUSPECT_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    ADOPTED_TERM_FIELD_NUMBER: _builtins.int
+    ADOPTED_VERSION_FIELD_NUMBER: _builtins.int
+    WORKER_STATS_FIELD_NUMBER: _builtins.int
+    GATEWAY_STATS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    incarnation: _builtins.int
+    phase: _builtins.str
+    silent_s: _builtins.float
+    """Since its processes were last heard."""
+    suspect: _builtins.bool
+    leaving: _builtins.bool
+    """Whether it leaves for good."""
+    adopted_term: _builtins.int
+    """The lowest (term, version) that its processes have adopted."""
+    adopted_version: _builtins.int
+    @_builtins.property
+    def worker_stats(self) -> Global___WorkerStats: ...
+    @_builtins.property
+    def gateway_stats(self) -> Global___GatewayStats: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        phase: _builtins.str = ...,
+        silent_s: _builtins.float = ...,
+        suspect: _builtins.bool = ...,
+        leaving: _builtins.bool = ...,
+        adopted_term: _builtins.int = ...,
+        adopted_version: _builtins.int = ...,
+        worker_stats: Global___WorkerStats | None = ...,
+        gateway_stats: Global___GatewayStats | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gateway_stats", b"gateway_stats", "worker_stats", b"worker_stats"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_term", b"adopted_term", "adopted_version", b"adopted_version", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "phase", b"phase", "silent_s", b"silent_s", "suspect", b"suspect", "worker_stats", b"worker_stats"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemberHealth: _TypeAlias = MemberHealth  # noqa: Y015
+
+@_typing.final
+class WorkerStats(_message.Message):
+    """One expert worker's load and counters. Counters only rise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOTS_USED_FIELD_NUMBER: _builtins.int
+    SLOTS_TOTAL_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    STALE_ANSWERS_FIELD_NUMBER: _builtins.int
+    QUEUE_AGE_S_FIELD_NUMBER: _builtins.int
+    COMPUTE_S_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    slots_used: _builtins.int
+    slots_total: _builtins.int
+    links: _builtins.int
+    calls: _builtins.int
+    rows: _builtins.int
+    pairs: _builtins.int
+    stale_answers: _builtins.int
+    queue_age_s: _builtins.float
+    """Age of the oldest call that waits."""
+    compute_s: _builtins.float
+    batches: _builtins.int
+    def __init__(
+        self,
+        *,
+        slots_used: _builtins.int = ...,
+        slots_total: _builtins.int = ...,
+        links: _builtins.int = ...,
+        calls: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        pairs: _builtins.int = ...,
+        stale_answers: _builtins.int = ...,
+        queue_age_s: _builtins.float = ...,
+        compute_s: _builtins.float = ...,
+        batches: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "calls", b"calls", "compute_s", b"compute_s", "links", b"links", "pairs", b"pairs", "queue_age_s", b"queue_age_s", "rows", b"rows", "slots_total", b"slots_total", "slots_used", b"slots_used", "stale_answers", b"stale_answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerStats: _TypeAlias = WorkerStats  # noqa: Y015
+
+@_typing.final
 class View(_message.Message):
     """Views are ordered by (term, version)."""
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ClusterServiceStub(object):
-    """The View that this front door holds.
+    """The View that this front door holds, and what operators ask of the controller.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,25 @@ class ClusterServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_cluster__pb2.WatchViewRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_cluster__pb2.WatchViewResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/expertmesh.v1.ClusterService/GetStatus',
+                request_serializer=expertmesh_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_cluster__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/expertmesh.v1.ClusterService/Scale',
+                request_serializer=expertmesh_dot_v1_dot_cluster__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_cluster__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.ClusterService/Drain',
+                request_serializer=expertmesh_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer(object):
-    """The View that this front door holds.
+    """The View that this front door holds, and what operators ask of the controller.
     """
 
     def GetView(self, request, context):
@@ -60,6 +75,29 @@ class ClusterServiceServicer(object):
 
     def WatchView(self, request, context):
         """Streams the newest View now and whenever a newer one is adopted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
+        """Returns what the controller knows of every member; UNAVAILABLE while there is no controller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Sets how many members of a role are wanted; returns at once, the members come and go later.
+        FAILED_PRECONDITION, with the reason, when the rest could not hold every expert.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Has one member leave for good: what it alone holds is moved first, and one less is wanted.
+        NOT_FOUND for an unknown member; FAILED_PRECONDITION as for Scale.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +116,21 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     request_deserializer=expertmesh_dot_v1_dot_cluster__pb2.WatchViewRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_cluster__pb2.WatchViewResponse.SerializeToString,
             ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=expertmesh_dot_v1_dot_cluster__pb2.GetStatusRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_cluster__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=expertmesh_dot_v1_dot_cluster__pb2.ScaleRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_cluster__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'expertmesh.v1.ClusterService', rpc_method_handlers)
@@ -87,7 +140,7 @@ def add_ClusterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClusterService(object):
-    """The View that this front door holds.
+    """The View that this front door holds, and what operators ask of the controller.
     """
 
     @staticmethod
@@ -134,6 +187,87 @@ class ClusterService(object):
             '/expertmesh.v1.ClusterService/WatchView',
             expertmesh_dot_v1_dot_cluster__pb2.WatchViewRequest.SerializeToString,
             expertmesh_dot_v1_dot_cluster__pb2.WatchViewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ClusterService/GetStatus',
+            expertmesh_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
+            expertmesh_dot_v1_dot_cluster__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ClusterService/Scale',
+            expertmesh_dot_v1_dot_cluster__pb2.ScaleRequest.SerializeToString,
+            expertmesh_dot_v1_dot_cluster__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ClusterService/Drain',
+            expertmesh_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

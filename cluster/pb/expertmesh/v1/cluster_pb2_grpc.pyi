@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClusterServiceStub:
-    """The View that this front door holds."""
+    """The View that this front door holds, and what operators ask of the controller."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +37,39 @@ class ClusterServiceStub:
     """Returns the newest View; UNAVAILABLE before there is one."""
     WatchView: _grpc.UnaryStreamMultiCallable[_cluster_pb2.WatchViewRequest, _cluster_pb2.WatchViewResponse]
     """Streams the newest View now and whenever a newer one is adopted."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]
+    """Returns what the controller knows of every member; UNAVAILABLE while there is no controller."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ScaleRequest, _cluster_pb2.ScaleResponse]
+    """Sets how many members of a role are wanted; returns at once, the members come and go later.
+    FAILED_PRECONDITION, with the reason, when the rest could not hold every expert.
+    """
+    Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
+    """Has one member leave for good: what it alone holds is moved first, and one less is wanted.
+    NOT_FOUND for an unknown member; FAILED_PRECONDITION as for Scale.
+    """
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
-    """The View that this front door holds."""
+    """The View that this front door holds, and what operators ask of the controller."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetView: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetViewRequest, _cluster_pb2.GetViewResponse]  # type: ignore[assignment]
     """Returns the newest View; UNAVAILABLE before there is one."""
     WatchView: _aio.UnaryStreamMultiCallable[_cluster_pb2.WatchViewRequest, _cluster_pb2.WatchViewResponse]  # type: ignore[assignment]
     """Streams the newest View now and whenever a newer one is adopted."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """Returns what the controller knows of every member; UNAVAILABLE while there is no controller."""
+    Scale: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ScaleRequest, _cluster_pb2.ScaleResponse]  # type: ignore[assignment]
+    """Sets how many members of a role are wanted; returns at once, the members come and go later.
+    FAILED_PRECONDITION, with the reason, when the rest could not hold every expert.
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
+    """Has one member leave for good: what it alone holds is moved first, and one less is wanted.
+    NOT_FOUND for an unknown member; FAILED_PRECONDITION as for Scale.
+    """
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The View that this front door holds."""
+    """The View that this front door holds, and what operators ask of the controller."""
 
     @_abc_1.abstractmethod
     def GetView(
@@ -66,5 +86,33 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_cluster_pb2.WatchViewResponse], _abc.AsyncIterator[_cluster_pb2.WatchViewResponse]]:
         """Streams the newest View now and whenever a newer one is adopted."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _cluster_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GetStatusResponse, _abc.Awaitable[_cluster_pb2.GetStatusResponse]]:
+        """Returns what the controller knows of every member; UNAVAILABLE while there is no controller."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _cluster_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ScaleResponse, _abc.Awaitable[_cluster_pb2.ScaleResponse]]:
+        """Sets how many members of a role are wanted; returns at once, the members come and go later.
+        FAILED_PRECONDITION, with the reason, when the rest could not hold every expert.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _cluster_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.DrainResponse, _abc.Awaitable[_cluster_pb2.DrainResponse]]:
+        """Has one member leave for good: what it alone holds is moved first, and one less is wanted.
+        NOT_FOUND for an unknown member; FAILED_PRECONDITION as for Scale.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
