@@ -1,32 +1,25 @@
 """The composition root: turns a configuration into blueprints, a controller and its cluster."""
 
 import os
-import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from cluster.config import ClusterConfig, ray_environment
-from cluster.control.controller import (
-    Blueprint,
-    ClusterStatus,
-    Controller,
-    ControllerOptions,
-    Desired,
-)
+from cluster.control.controller import Blueprint, Controller, ControllerOptions, Desired
 from cluster.control.journal import DirectoryJournal
 from cluster.control.planner import slots_needed
 from cluster.control.ports import ProcessId, ProcessSpec
-from cluster.runtime import RayRuntime
+from cluster.control.status import ClusterStatus
+from cluster.runtime import CONTROLLER_NAME, RayRuntime, node_name, was_restarted
 from cluster.telemetry import configure_logging
 from workers.clock import SystemClock
 from workers.errors import ConfigError
-from workers.placement import MemberId, Placement, Role
+from workers.placement import Member, MemberId, MemberState, Placement, Role
 
-CONTROLLER_NAME = "expertmesh-controller"
 _TICK_S = 0.05
 
 
@@ -44,8 +37,9 @@ class ModelFacts:
 def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
     """Return how many members the configuration wants, and how many slots each worker has."""
     workers = config.experts.workers
+    fewest = min(config.experts.min or workers, workers)
     needed = (
-        slots_needed(model.num_layers, model.num_experts, workers, config.experts.floor)
+        slots_needed(model.num_layers, model.num_experts, fewest, config.experts.floor)
         if workers
         else 0
     )
@@ -66,6 +60,8 @@ def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
         },
         num_slots=config.experts.slots or needed,
         floor=config.experts.floor,
+        standby=config.experts.standby,
+        max_workers=config.experts.max,
     )
 
 
@@ -137,21 +133,31 @@ def blueprints_of(
 
 
 class ControllerBody:
-    """The controller's process: ticks, and answers the command line."""
+    """The controller's process: ticks, and answers the command line and the front doors.
 
-    def __init__(self, config: ClusterConfig, model: ModelFacts, host: str) -> None:
+    Ray restarts it when it dies; it then goes on where the journal ends.
+    """
+
+    def __init__(self, config: ClusterConfig, model: ModelFacts, host: str, journal: str) -> None:
         configure_logging(Role.CONTROLLER.value, CONTROLLER_NAME, config.telemetry.log_level)
         desired = desired_of(config, model)
-        journal = config.control.journal or tempfile.mkdtemp(prefix="expertmesh-journal-")
+        control, clock = config.control, SystemClock()
         self._lock = threading.Lock()
         self._controller = Controller(
             desired,
             Placement(model.weights_version, model.num_layers, model.num_experts),
             blueprints_of(config, model, desired.num_slots, host),
-            runtime=RayRuntime(),
+            runtime=RayRuntime(clock),
             journal=DirectoryJournal(Path(journal)),
-            clock=SystemClock(),
-            options=ControllerOptions(pulse_s=config.control.pulse_s),
+            clock=clock,
+            options=ControllerOptions(
+                pulse_s=control.pulse_s,
+                silence_s=control.silence_s,
+                lost_s=control.lost_s,
+                restore_s=control.restore_s,
+                allow_chaos=control.allow_chaos,
+            ),
+            resume=was_restarted(),
         )
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="controller", daemon=True).start()
@@ -159,7 +165,25 @@ class ControllerBody:
     def status(self) -> ClusterStatus:
         """Return the cluster as the controller knows it."""
         with self._lock:
-            return self._controller.status()
+            status = self._controller.status()
+        me = Member(
+            id=MemberId(Role.CONTROLLER.value, status.view.term),
+            role=Role.CONTROLLER,
+            state=MemberState.ACTIVE,
+            node=node_name(),
+            pid=os.getpid(),
+        )
+        return replace(status, controller=me)
+
+    def scale(self, role: Role, count: int) -> int:
+        """See `Controller.scale`."""
+        with self._lock:
+            return self._controller.scale(role, count)
+
+    def drain(self, name: str) -> MemberId:
+        """See `Controller.drain`."""
+        with self._lock:
+            return self._controller.drain(name)
 
     def stop(self, deadline_s: float) -> bool:
         """Drain every member; says whether all were gone by the deadline."""
@@ -172,7 +196,7 @@ class ControllerBody:
             while not self._ended.wait(_TICK_S):
                 with self._lock:
                     self._controller.tick()
-                    if self._controller.stopped:
+                    if self._controller.stopped or self._controller.superseded:
                         self._ended.set()
         except BaseException:  # noqa: BLE001 - whatever it is, the process must not survive it
             structlog.get_logger("controller").exception("the controller's loop broke")

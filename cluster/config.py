@@ -69,7 +69,13 @@ class ExpertSection(ProcessSection):
     floor: PositiveCount = 1
     """Copies wanted of every expert, on distinct workers."""
     slots: Count = 0
-    """Slots a worker; 0 takes an even share and spare ones for lost coverage."""
+    """Slots a worker; 0 takes an even share among `min` workers and spare ones for coverage."""
+    min: Count = 0
+    """Fewest workers, for which slots are sized; 0 takes `workers`."""
+    standby: Count = 0
+    """Warm workers more, without experts, that take the place of lost ones."""
+    max: PositiveCount = 128
+    """Most workers, which is as many links as a gateway rank may have."""
 
 
 class FrontDoorSection(ProcessSection):
@@ -105,6 +111,14 @@ class ControlSection(_Section):
     journal: str = ""
     """Directory on durable storage; when empty, a temporary one that no later cluster reads."""
     pulse_s: Seconds = 0.5
+    silence_s: Seconds = 3.0
+    """Silence after which what a worker alone holds is loaded elsewhere."""
+    lost_s: Seconds = 15.0
+    """Silence after which a member is given up, if others hold what it holds."""
+    restore_s: Seconds = 20.0
+    """How long a missing copy waits for a worker that is on its way, while another copy exists."""
+    allow_chaos: bool = False
+    """Whether faults may be injected; for tests."""
     start_timeout_s: Seconds = 600.0
 
 

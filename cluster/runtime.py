@@ -10,27 +10,38 @@ import logging
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._private.node import Node
+from ray._private.state import state as global_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.control.fence import Fence
 from cluster.control.ports import (
     Died,
+    Leaving,
+    Opened,
     ProcessId,
     ProcessSpec,
     Raised,
     Returned,
     RuntimeEvent,
 )
-from workers.errors import ExpertmeshError
+from workers.clock import Clock, SystemClock
+from workers.errors import ExpertmeshError, UnavailableError
 
 NAMESPACE = "expertmesh"
+CONTROLLER_NAME = "expertmesh-controller"
 _METHODS_AT_ONCE = 8  # a long call, such as loading, must not hold up a pulse
+_PREFIX = "expertmesh-"
+_LOOK_AT_NODES_S = 1.0
+_LEAST_WAIT_S = 0.1
+_ASK_AGAIN_S = 0.2
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
@@ -39,11 +50,24 @@ class _Host:
 
     def __init__(self, body: str, *arguments: object) -> None:
         module, _, name = body.partition(":")
+        self._fence = Fence()
+        self._watched = threading.Event()
         self._body = getattr(importlib.import_module(module), name)(*arguments)
 
-    def call(self, method: str, *arguments: object) -> object:
-        """Call a method of the body."""
+    def call(self, term: int, method: str, *arguments: object) -> object:
+        """Call a method of the body, for a controller that has not been superseded."""
+        self._fence.admit(term)
         return getattr(self._body, method)(*arguments)
+
+    def hold(self) -> None:
+        """Return when the process ends, by which the caller learns of its death.
+
+        A later caller takes the place of the earlier one, whose thread here comes free.
+        """
+        before, self._watched = self._watched, threading.Event()
+        mine = self._watched
+        before.set()
+        mine.wait()
 
 
 @dataclass(slots=True)
@@ -54,13 +78,17 @@ class _Process:
 
 
 class RayRuntime:
-    """A `Runtime` of Ray actors. Used inside the controller's own actor."""
+    """A `Runtime` of Ray actors, which outlive whoever uses it. For the controller's own actor."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._processes: dict[ProcessId, _Process] = {}
         self._gangs: dict[str, PlacementGroup] = {}
         self._events: queue.SimpleQueue[RuntimeEvent] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._nodes: dict[ProcessId, str] = {}
+        self._draining: set[ProcessId] = set()
+        self._looked_s = 0.0
 
     def spawn(self, spec: ProcessSpec) -> None:
         """Start an actor named after the process; its death comes as `Died`."""
@@ -68,8 +96,9 @@ class RayRuntime:
             "num_cpus": spec.num_cpus,
             "num_gpus": spec.num_gpus,
             "resources": dict(spec.resources),
-            "name": f"expertmesh-{spec.id}",
+            "name": _actor_name(spec.id),
             "namespace": NAMESPACE,
+            "lifetime": "detached",  # a controller may die; what it started goes on
             "max_concurrency": _METHODS_AT_ONCE,
             "max_restarts": 0,
             "runtime_env": {"env_vars": dict(spec.environment)} if spec.environment else None,
@@ -84,17 +113,27 @@ class RayRuntime:
         process = _Process(actor, gang=spec.gang[0] if spec.gang else "")
         self._processes[spec.id] = process
         # A call that never returns: its end is the actor's end, noticed within milliseconds.
-        self._watch(spec.id, "hold", actor.call.remote("hold"))
+        self._watch(spec.id, "hold", actor.hold.remote())
 
-    def call(self, process: ProcessId, method: str, *arguments: object) -> None:
+    def adopt(self, process: ProcessId) -> None:
+        """Find the actor of a process by its name and watch it."""
+        try:
+            actor: Any = ray.get_actor(_actor_name(process), NAMESPACE)
+        except ValueError:
+            self._events.put(Died(process, "the process is not there any more"))
+            return
+        self._processes[process] = _Process(actor)
+        self._watch(process, "hold", actor.hold.remote())
+
+    def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:
         """Call a method of an actor; nothing happens when the actor has died."""
         known = self._processes.get(process)
         if known is not None and known.alive:
-            self._watch(process, method, known.actor.call.remote(method, *arguments))
+            self._watch(process, method, known.actor.call.remote(term, method, *arguments))
 
     def poll(self) -> Sequence[RuntimeEvent]:
         """Return what has happened since the last poll."""
-        return list(self._drained())
+        return [*self._heard(), *self._on_draining_nodes()]
 
     def kill(self, process: ProcessId) -> None:
         """End an actor's process at once."""
@@ -102,12 +141,26 @@ class RayRuntime:
         if known is not None and known.alive:
             ray.kill(known.actor, no_restart=True)
 
-    def _drained(self) -> Iterator[RuntimeEvent]:
+    def _on_draining_nodes(self) -> Iterator[RuntimeEvent]:
+        """Yield, once each, the processes whose nodes Ray is about to take away."""
+        now_s = self._clock.now_s()
+        if now_s - self._looked_s < _LOOK_AT_NODES_S:
+            return
+        self._looked_s = now_s
+        draining = draining_nodes()
+        for process, node in self._nodes.items():
+            if node in draining and process not in self._draining:
+                self._draining.add(process)
+                yield Leaving(process, f"node {node} is draining")
+
+    def _heard(self) -> Iterator[RuntimeEvent]:
         with contextlib.suppress(queue.Empty):
             while True:
                 event = self._events.get_nowait()
                 if isinstance(event, Died):
                     self._bury(event.process)
+                if isinstance(event, Returned) and isinstance(event.value, Opened):
+                    self._nodes[event.process] = event.value.node
                 yield event
 
     def _watch(self, process: ProcessId, method: str, reference: Any) -> None:  # noqa: ANN401
@@ -131,6 +184,8 @@ class RayRuntime:
         future.add_done_callback(done)
 
     def _bury(self, process: ProcessId) -> None:
+        self._nodes.pop(process, None)
+        self._draining.discard(process)
         with self._lock:
             known = self._processes.pop(process, None)
             if known is None or not known.gang:
@@ -159,32 +214,72 @@ def _event_of(process: ProcessId, method: str, error: BaseException) -> RuntimeE
 
 
 class ControllerHandle:
-    """A blocking view of the controller's actor, for the command line."""
+    """A blocking view of the controller's actor, for the command line and the front doors."""
 
-    def __init__(self, actor: Any) -> None:  # noqa: ANN401
+    def __init__(self, actor: Any, clock: Clock | None = None) -> None:  # noqa: ANN401
         self._actor = actor
+        self._clock = clock or SystemClock()
 
     def call(self, method: str, *arguments: object, timeout_s: float = 30.0) -> Any:  # noqa: ANN401
-        """Call the controller and wait.
+        """Call the controller and wait; while Ray restarts it, ask again.
 
         Raises:
-            ExpertmeshError: The controller has ended, did not answer in time, or raised.
+            UnavailableError: The controller has ended, or did not answer in time.
+            ExpertmeshError: What the controller raised.
         """
-        try:
-            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:
-            raise ExpertmeshError(f"controller: {method}: {error.cause}") from error
-        except ray.exceptions.RayActorError as error:
-            raise ExpertmeshError(f"the controller has ended: {error}") from error
-        except ray.exceptions.GetTimeoutError as error:
-            raise ExpertmeshError(
-                f"the controller did not answer {method} in {timeout_s:g} s"
-            ) from error
+        deadline_s = self._clock.now_s() + timeout_s
+        while True:
+            left_s = max(deadline_s - self._clock.now_s(), _LEAST_WAIT_S)
+            try:
+                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=left_s)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ExpertmeshError):
+                    raise error.cause from error
+                raise ExpertmeshError(f"controller: {method}: {error.cause}") from error
+            except ray.exceptions.ActorUnavailableError as error:
+                if self._clock.now_s() > deadline_s:
+                    raise UnavailableError(f"the controller is away: {error}") from error
+                time.sleep(_ASK_AGAIN_S)
+            except ray.exceptions.RayActorError as error:
+                raise UnavailableError(f"the controller has ended: {error}") from error
+            except ray.exceptions.GetTimeoutError as error:
+                raise UnavailableError(
+                    f"the controller did not answer {method} in {timeout_s:g} s"
+                ) from error
 
     def end(self) -> None:
-        """End the controller's process."""
+        """End the controller's process, and those that it started and left behind."""
         with contextlib.suppress(ray.exceptions.RayActorError):
             ray.kill(self._actor, no_restart=True)
+        for name in ray.util.list_named_actors():  # of our own namespace
+            if name.startswith(_PREFIX):
+                with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+                    ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+
+
+def find_controller(name: str) -> ControllerHandle:
+    """Return a handle to the controller that runs under this name.
+
+    Raises UnavailableError when there is none.
+    """
+    try:
+        return ControllerHandle(ray.get_actor(name, NAMESPACE))
+    except ValueError as error:
+        raise UnavailableError(f"no controller {name} runs: {error}") from error
+
+
+def draining_nodes() -> frozenset[str]:
+    """Return the ids of the nodes that Ray is about to take away."""
+    return frozenset(global_state.get_draining_nodes())
+
+
+def was_restarted() -> bool:
+    """Whether this actor's process took the place of one that died."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _actor_name(process: ProcessId) -> str:
+    return f"{_PREFIX}{process}"
 
 
 @contextlib.contextmanager
@@ -241,8 +336,10 @@ def start_controller(body: type, *arguments: object, name: str) -> ControllerHan
         .options(
             name=name,
             namespace=NAMESPACE,
+            lifetime="detached",
             num_cpus=0,
             max_concurrency=_METHODS_AT_ONCE,
+            max_restarts=-1,
         )
         .remote(*arguments)
     )

@@ -1,15 +1,16 @@
 """A cluster that lasts as long as a context: started, waited for, and drained at the end."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.app import CONTROLLER_NAME, ControllerBody, ModelFacts
+from cluster.app import ControllerBody, ModelFacts
 from cluster.config import ClusterConfig
-from cluster.control.controller import ClusterStatus
+from cluster.control.status import ClusterStatus
 from cluster.demo.path import demo_model_path
-from cluster.runtime import ControllerHandle, ray_session, start_controller
+from cluster.runtime import CONTROLLER_NAME, ControllerHandle, ray_session, start_controller
 from workers.clock import Clock
 from workers.errors import ExpertmeshError
 from workers.model.checkpoint import Checkpoint
@@ -89,11 +90,15 @@ def serving(
         config.gateways.num_gpus * config.gateways.tensor_parallel * config.gateways.count
         + config.experts.num_gpus * config.experts.workers
     )
-    with ray_session(
-        ray_address, logs_to_console=config.telemetry.logs_to_console, num_gpus=num_gpus
-    ) as session:
+    with (
+        _journal(config) as journal,
+        ray_session(
+            ray_address, logs_to_console=config.telemetry.logs_to_console, num_gpus=num_gpus
+        ) as session,
+    ):
+        host = "" if ray_address else _LOOPBACK
         controller = start_controller(
-            ControllerBody, config, model, "" if ray_address else _LOOPBACK, name=CONTROLLER_NAME
+            ControllerBody, config, model, host, journal, name=CONTROLLER_NAME
         )
         try:
             deadline_s = clock.now_s() + config.control.start_timeout_s
@@ -115,6 +120,16 @@ def serving(
             with contextlib.suppress(ExpertmeshError):  # it has ended: nothing is left to stop
                 controller.call("stop", drain_s, timeout_s=drain_s + _STOP_MARGIN_S)
             controller.end()
+
+
+@contextlib.contextmanager
+def _journal(config: ClusterConfig) -> Iterator[str]:
+    """Yield the journal's directory: the configured one, or one that ends with the cluster."""
+    if config.control.journal:
+        yield config.control.journal
+        return
+    with tempfile.TemporaryDirectory(prefix="expertmesh-journal-") as directory:
+        yield directory
 
 
 def _endpoint(status: ClusterStatus) -> str:

@@ -2,7 +2,20 @@
 
 from collections.abc import Callable
 
-from cluster.control.ports import Died, Opened, ProcessId, ProcessSpec, Pulse, Raised, Returned
+from cluster.control.ports import (
+    Died,
+    Leaving,
+    Opened,
+    ProcessId,
+    ProcessSpec,
+    Pulse,
+    Raised,
+    Record,
+    Returned,
+    RuntimeEvent,
+)
+from workers.errors import RefusedError
+from workers.placement import View
 
 
 class FakeRuntime:
@@ -10,22 +23,36 @@ class FakeRuntime:
 
     def __init__(self) -> None:
         self.specs: dict[ProcessId, ProcessSpec] = {}
+        self.terms: dict[ProcessId, int] = {}
+        self.adopted: dict[ProcessId, tuple[int, int]] = {}
         self.calls: list[tuple[ProcessId, str, tuple[object, ...]]] = []
         self.killed: list[ProcessId] = []
         self.mute: set[tuple[ProcessId, str]] = set()
         self.answers: dict[str, Callable[[ProcessId], object]] = {
             "open": lambda p: Opened(pid=1000 + p.rank, node="node", store=f"h:{p.rank}"),
             "start": lambda p: Opened(pid=1000 + p.rank, node="node", endpoint=f"{p}:1"),
-            "pulse": lambda _: Pulse(ready=True, order=(2**31, 0)),
+            "pulse": lambda p: Pulse(ready=True, order=self.adopted.get(p, (0, 0))),
         }
-        self._events: list[Returned | Raised | Died] = []
+        self._events: list[RuntimeEvent] = []
 
     def spawn(self, spec: ProcessSpec) -> None:
         self.specs[spec.id] = spec
 
-    def call(self, process: ProcessId, method: str, *arguments: object) -> None:
+    def adopt(self, process: ProcessId) -> None:
+        if process not in self.specs:
+            self._events.append(Died(process, "not there"))
+
+    def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:
         if process not in self.specs:
             return
+        if term < self.terms.get(process, 0):
+            self._events.append(Raised(process, method, f"term {term} is superseded"))
+            return
+        self.terms[process] = term
+        if method == "adopt" and (process, method) not in self.mute:
+            (view,) = arguments
+            assert isinstance(view, View)
+            self.adopted[process] = max(self.adopted.get(process, (0, 0)), view.order)
         self.calls.append((process, method, arguments))
         if (process, method) in self.mute:
             return
@@ -36,7 +63,7 @@ class FakeRuntime:
         else:
             self._events.append(Returned(process, method, value))
 
-    def poll(self) -> list[Returned | Raised | Died]:
+    def poll(self) -> list[RuntimeEvent]:
         events, self._events = self._events, []
         return events
 
@@ -49,6 +76,14 @@ class FakeRuntime:
         """End a process as if it had crashed."""
         self.specs.pop(process)
         self._events.append(Died(process, "crashed"))
+
+    def say(self, process: ProcessId, method: str) -> None:
+        """Answer a call that was muted."""
+        self._events.append(Returned(process, method, None))
+
+    def leave(self, process: ProcessId) -> None:
+        """Say that the node of a process is about to go."""
+        self._events.append(Leaving(process, "its node drains"))
 
     def named(self, name: str) -> list[ProcessId]:
         """Return the living processes of a member, by its name."""
@@ -69,22 +104,28 @@ class FakeClock:
 
 
 class MemoryJournal:
-    """A journal that several controllers may share."""
+    """What durable storage holds; further controllers get one that shares it."""
 
-    def __init__(self) -> None:
-        self.term = 0
-        self.views = []
+    def __init__(self, shared: "MemoryJournal | None" = None) -> None:
+        self._shared = shared or self
+        self.term = self.highest = 0
+        self.records: list[Record] = []
 
-    def claim_term(self) -> int:
-        self.term += 1
+    @property
+    def views(self) -> list[View]:
+        return [record.view for record in self._shared.records]
+
+    def claim_term(self, above: int = 0) -> int:
+        self.term = self._shared.highest = max(self._shared.highest, above) + 1
         return self.term
 
-    def append(self, view) -> None:
-        from workers.errors import RefusedError
+    def is_leading(self) -> bool:
+        return self._shared.highest <= self.term
 
-        if view.term < self.term:
-            raise RefusedError(f"term {view.term} is superseded by term {self.term}")
-        self.views.append(view)
+    def append(self, record: Record) -> None:
+        if not self.is_leading():
+            raise RefusedError(f"term {self.term} is superseded by term {self._shared.highest}")
+        self._shared.records.append(record)
 
-    def latest(self):
-        return self.views[-1] if self.views else None
+    def latest(self) -> Record | None:
+        return self._shared.records[-1] if self._shared.records else None

@@ -1,16 +1,55 @@
 """The body of a front door."""
 
+import asyncio
 import os
 
 from cluster.bodies.process import LoopThread, Process
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
+from cluster.control.status import ClusterStatus
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.server import FrontDoor
-from cluster.runtime import node_name
+from cluster.runtime import CONTROLLER_NAME, ControllerHandle, find_controller, node_name
 from cluster.telemetry import FrontDoorInstruments
+from workers.errors import UnavailableError
 from workers.placement import MemberId, Role, View
+
+_CONTROLLER_S = 5.0
+
+
+class ControllerLink:
+    """An `Operator` that asks the controller's actor; asked for anew when it has ended."""
+
+    def __init__(self) -> None:
+        self._handle: ControllerHandle | None = None
+
+    async def status(self) -> ClusterStatus:
+        """See `Operator`."""
+        status = await asyncio.to_thread(self._ask, "status")
+        assert isinstance(status, ClusterStatus)
+        return status
+
+    async def scale(self, role: Role, count: int) -> int:
+        """See `Operator`."""
+        before = await asyncio.to_thread(self._ask, "scale", role, count)
+        assert isinstance(before, int)
+        return before
+
+    async def drain(self, name: str) -> MemberId:
+        """See `Operator`."""
+        member = await asyncio.to_thread(self._ask, "drain", name)
+        assert isinstance(member, MemberId)
+        return member
+
+    def _ask(self, method: str, *arguments: object) -> object:
+        if self._handle is None:
+            self._handle = find_controller(CONTROLLER_NAME)
+        try:
+            return self._handle.call(method, *arguments, timeout_s=_CONTROLLER_S)
+        except UnavailableError:
+            self._handle = None
+            raise
 
 
 class FrontDoorBody(Process):
@@ -43,6 +82,7 @@ class FrontDoorBody(Process):
                 context_tokens=config.gateways.context_tokens,
             ),
             metrics=FrontDoorInstruments(self.registry, str(member)),
+            operator=ControllerLink(),
         )
 
     def open(self) -> Opened:

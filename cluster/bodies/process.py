@@ -28,11 +28,6 @@ class Process:
         self.order = (0, 0)
         self._view_gauges = ViewGauges(self.registry, str(member))
         self._metrics = (telemetry.metrics_host, metrics_port)
-        self._ended = threading.Event()
-
-    def hold(self) -> None:
-        """Return when the process ends: the caller learns of its death by this."""
-        self._ended.wait()
 
     def opened(self, **more: Any) -> Opened:  # noqa: ANN401
         """Describe this process, with its metrics page served."""

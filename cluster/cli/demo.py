@@ -11,7 +11,7 @@ from rich.table import Table
 from cluster.cli.client import channel_to
 from cluster.cli.serve import Progress, Signals, Stop
 from cluster.config import ClusterConfig
-from cluster.control.controller import ClusterStatus
+from cluster.control.status import ClusterStatus
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from cluster.serving import serving

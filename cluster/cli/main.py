@@ -11,7 +11,8 @@ import grpc
 import typer
 
 from cluster.cli.bench import LoadOptions, bench_command
-from cluster.cli.status import status_command
+from cluster.cli.operate import Pool, drain_command, scale_command
+from cluster.cli.status import status_command, watch_command
 from cluster.cli.talk import Ask, chat_command, generate_command
 from cluster.config import ClusterConfig, load_config
 from workers.errors import ExpertmeshError
@@ -51,6 +52,9 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="A Ray cluster that is there already.")
     ] = None,
+    allow_chaos: Annotated[
+        bool, typer.Option("--allow-chaos", help="Let `expertmesh chaos` harm its members.")
+    ] = False,
 ) -> None:
     """Run a cluster in the foreground; prints `ready HOST:PORT` when it serves."""
     given = {
@@ -59,6 +63,7 @@ def serve(
         "gateways.tensor_parallel": tensor_parallel,
         "experts.workers": expert_workers,
         "front_doors.listen": listen,
+        "control.allow_chaos": True if allow_chaos else None,
     }
     from cluster.cli.serve import serve_command
 
@@ -120,9 +125,36 @@ def status(
     *,
     server: Server = _DEFAULT_SERVER,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again and again, with load and what stalls.")
+    ] = False,
 ) -> None:
     """Show the members of a cluster, its term and version, and the coverage of its experts."""
-    status_command(server, as_json=json)
+    if watch:
+        watch_command(server)
+    else:
+        status_command(server, as_json=json)
+
+
+@app.command()
+def scale(
+    pool: Annotated[Pool, typer.Argument(help="Which role.")],
+    count: Annotated[int, typer.Argument(min=1, help="How many members are wanted.")],
+    *,
+    server: Server = _DEFAULT_SERVER,
+) -> None:
+    """Set how many members of a role are wanted; they come and go while requests run."""
+    scale_command(server, pool, count)
+
+
+@app.command()
+def drain(
+    member: Annotated[str, typer.Argument(help="NAME or NAME.INCARNATION, as in status.")],
+    *,
+    server: Server = _DEFAULT_SERVER,
+) -> None:
+    """Have one member leave for good, once others hold what it holds."""
+    drain_command(server, member)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from types import FrameType
 from rich.console import Console
 
 from cluster.config import ClusterConfig
-from cluster.control.controller import ClusterStatus
+from cluster.control.status import ClusterStatus
 from cluster.serving import serving
 from workers.clock import SystemClock
 

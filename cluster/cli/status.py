@@ -1,17 +1,22 @@
-"""`expertmesh status`: the View of a cluster, as a table or as JSON."""
+"""`expertmesh status`: the View of a cluster, as a table or as JSON, once or live."""
 
 import sys
+import time
 
 import orjson
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cluster.cli.client import channel_to
 from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
 from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
+from workers.clock import SystemClock
 
 _DEADLINE_S = 10.0
+_EVERY_S = 1.0
 
 
 def status_command(server: str, *, as_json: bool) -> None:
@@ -48,3 +53,89 @@ def _table(view: pb.View) -> Table:
             member.endpoint,
         )
     return table
+
+
+def watch_command(server: str, *, num_rounds: int | None = None) -> None:
+    """Show every member's state, load and stalls, again each second, until interrupted.
+
+    `num_rounds` limits how often.
+    """
+    rates, clock = Rates(), SystemClock()
+    with channel_to(server) as channel, Live(auto_refresh=False) as live:
+        stub = ClusterServiceStub(channel)
+        while num_rounds is None or num_rounds > 0:
+            status = stub.GetStatus(pb.GetStatusRequest(), timeout=_DEADLINE_S).status
+            live.update(live_table(status, rates, clock.now_s()), refresh=True)
+            time.sleep(_EVERY_S)
+            num_rounds = num_rounds - 1 if num_rounds is not None else None
+
+
+class Rates:
+    """Turns counters that only rise into amounts a second, by what was seen last time."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, int, str], tuple[float, float]] = {}
+
+    def of(self, member: pb.MemberHealth, counter: str, value: float, now_s: float) -> float:
+        """Return how fast a member's counter rises; 0 when it is seen for the first time."""
+        key = (member.name, member.incarnation, counter)
+        before_s, before = self._last.get(key, (now_s, value))
+        self._last[key] = (now_s, value)
+        return (value - before) / (now_s - before_s) if now_s > before_s else 0.0
+
+
+def live_table(status: pb.ClusterStatus, rates: Rates, now_s: float) -> Group:
+    """Return the cluster at one moment: pools, what is wrong, and every member's load."""
+    view = status.view
+    pools = ", ".join(
+        f"{pb.Role.Name(p.role).removeprefix('ROLE_').lower()} {p.serving}/{p.wanted}"
+        + (f" + {p.standby} standby" if p.standby else "")
+        for p in status.pools
+    )
+    moving = f", {status.replicas_loading} replicas load" if status.replicas_loading else ""
+    lacking = f", copies lack for {status.rebalancing_s:.0f} s" if status.rebalancing_s else ""
+    head = Text(f"term {view.term}, version {view.version}: {pools}{moving}{lacking}")
+    trouble = [Text(f"  {reason}", style="red") for reason in status.reasons]
+    table = Table()
+    for column in ("id", "state", "phase", "slots", "rows/s", "queue", "tokens/s", "silent"):
+        table.add_column(column)
+    table.add_column("waits for experts")
+    members = {(m.name, m.incarnation): m for m in view.members}
+    for health in status.members:
+        member = members.get((health.name, health.incarnation))
+        table.add_row(*_cells(health, member, rates, now_s), style="red" if health.suspect else "")
+    return Group(head, *trouble, table)
+
+
+def _cells(
+    health: pb.MemberHealth, member: pb.Member | None, rates: Rates, now_s: float
+) -> list[str]:
+    state = pb.MemberState.Name(member.state) if member else "MEMBER_STATE_UNPUBLISHED"
+    rows = queue = tokens = waits = slots = ""
+    if health.HasField("worker_stats"):
+        worker = health.worker_stats
+        rows = f"{rates.of(health, 'rows', worker.rows, now_s):.0f}"
+        queue = f"{1000 * worker.queue_age_s:.0f} ms"
+        slots = f"{worker.slots_used}/{worker.slots_total}"
+    if health.HasField("gateway_stats"):
+        gateway = health.gateway_stats
+        done = gateway.tokens_generated + gateway.tokens_prefilled
+        tokens = f"{rates.of(health, 'tokens', done, now_s):.0f}"
+        queue = f"{gateway.running} run, {gateway.waiting} wait"
+        step_s = rates.of(health, "step_s", gateway.step_s, now_s)
+        wait_s = rates.of(health, "wait_s", gateway.dispatch_wait_s, now_s)
+        parked_s = rates.of(health, "parked_s", gateway.parked_s, now_s)
+        waits = f"{100 * wait_s / step_s:.0f} %" if step_s else ""
+        if parked_s:
+            waits += f", parked {100 * parked_s:.0f} %"
+    return [
+        f"{health.name}.{health.incarnation}",
+        state.removeprefix("MEMBER_STATE_").lower() + (", leaves" if health.leaving else ""),
+        health.phase,
+        slots,
+        rows,
+        queue,
+        tokens,
+        f"{health.silent_s:.1f} s",
+        waits,
+    ]

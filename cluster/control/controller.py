@@ -1,125 +1,166 @@
 """The controller: hears what has happened, decides, and brings the cluster to what is wanted.
 
 It is the one writer of Views. Nothing on the data path waits for it. One `tick` does one round and
-never blocks, so that tests and the simulator call it directly.
+never blocks, so that tests and the simulator call it directly. Who comes and goes is decided in
+`staffing`, which replicas are loaded where in `assignment`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import assert_never
 
 import structlog
 
-from cluster.control.lifecycle import Life, Phase
-from cluster.control.planner import place
+from cluster.control.assignment import Assignment, assign
+from cluster.control.lifecycle import Life, Phase, adopted
 from cluster.control.ports import (
     Died,
     Journal,
+    Leaving,
     ProcessId,
     ProcessSpec,
     Pulse,
     Raised,
+    Record,
     Returned,
     Runtime,
+    RuntimeEvent,
 )
+from cluster.control.replicas import ReplicaBook
+from cluster.control.staffing import staff
+from cluster.control.status import ClusterStatus, MemberStatus, PoolStatus, StepWatch
 from workers.clock import Clock
-from workers.errors import PlacementError, RefusedError
-from workers.placement import (
-    Member,
-    MemberId,
-    MemberState,
-    Placement,
-    Role,
-    View,
-)
+from workers.errors import NotFoundError, RefusedError
+from workers.placement import Member, MemberId, MemberState, Placement, Role, View
+from workers.types import GatewayStats
 
 Blueprint = Callable[[MemberId], tuple[ProcessSpec, ...]]
+
+_INCARNATIONS = 1_000_000  # of one name within one term
 
 _log = structlog.get_logger("controller")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:
-    """How many members of each role are wanted, and how experts are spread over them."""
+    """How many members of each role are wanted, and how experts are spread over them.
+
+    `standby` workers more are kept, which hold nothing.
+    """
 
     members: Mapping[Role, int]
     num_slots: int = 0
     floor: int = 1
+    standby: int = 0
+    max_workers: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerOptions:
-    """Pace and patience of the controller, in seconds."""
+    """Pace and patience of the controller, in seconds.
+
+    A worker that is silent for `silence_s` is suspect: what it alone holds is loaded elsewhere. One
+    silent for `lost_s`, whose experts others hold, is given up. A missing copy of which another
+    exists waits `restore_s` for a worker that is on its way.
+    """
 
     pulse_s: float = 0.5
-    silence_s: float = 5.0
+    silence_s: float = 3.0
+    lost_s: float = 15.0
+    phase_s: float = 900.0
+    restore_s: float = 20.0
+    stall_s: float = 30.0
     backoff_s: float = 1.0
     max_failed_starts: int = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberStatus:
-    """One member as `expertmesh status` shows it."""
-
-    member: Member
-    phase: str
-    pulses: tuple[Pulse, ...] = ()
-    silent_s: float = 0.0
-    suspect: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterStatus:
-    """The cluster at one moment. `ready` says whether a request would be served now."""
-
-    view: View
-    members: tuple[MemberStatus, ...]
-    ready: bool
-    reasons: tuple[str, ...] = ()
-    failure: str = ""
+    allow_chaos: bool = False
 
 
 class Controller:
-    """Keeps the wanted members alive, places experts on them and publishes Views."""
+    """Keeps the wanted members alive, places experts on them and publishes Views.
+
+    With `resume` it goes on where the journal ends: members that an earlier controller started are
+    taken over, and as many are wanted as were then.
+    """
 
     def __init__(
         self,
         desired: Desired,
-        placement: Placement,
+        model: Placement,
         blueprints: Mapping[Role, Blueprint],
         *,
         runtime: Runtime,
         journal: Journal,
         clock: Clock,
         options: ControllerOptions,
+        resume: bool = False,
     ) -> None:
         self._desired = desired
-        self._target = placement
+        self._wanted = dict(desired.members)
         self._blueprints = blueprints
         self._runtime = runtime
         self._journal = journal
         self._clock = clock
         self._options = options
         self._lives: dict[MemberId, Life] = {}
-        self._next_incarnation: Counter[str] = Counter()
+        self._births: Counter[str] = Counter()
         self._failed_starts: Counter[Role] = Counter()
         self._not_before_s: dict[Role, float] = {}
-        self._pulsed_s = clock.now_s()
+        self._step_watches: dict[MemberId, StepWatch] = {}
+        self._pulsed_s = self._complete_s = self._placed_s = clock.now_s()
+        self._assigned: tuple[object, ...] = ()
+        self._assignment = Assignment()
+        self._hold_off_s: dict[MemberId, float] = {}
         self._stopping = False
         self._failure = ""
         self._superseded = False
-        self._view = View(journal.claim_term(), 0, (), self._published_placement())
+        record = journal.latest() if resume else None
+        self._book = ReplicaBook(record.view.placement if record else model)
+        self._view = View(journal.claim_term(), 0, (), self._book.placement())
+        self._published: tuple[object, ...] = ()
+        if record is not None:
+            self._resume(record)
 
     def tick(self) -> None:
         """Do one round: hear, decide, act, publish."""
+        if self._superseded or not self._still_leads():
+            return
         for event in self._runtime.poll():
             self._hear(event)
-        if not self._stopping and not self._superseded:
-            self._spawn_missing()
+        if not self._stopping:
+            self._staff()
+            self._assign()
         self._advance()
+        self._watch()
         self._publish()
         self._ask_pulses()
+
+    def scale(self, role: Role, count: int) -> int:
+        """Set how many members of a role are wanted; returns how many were before.
+
+        Raises RefusedError when so many could not serve every expert, or are too many.
+        """
+        self._check_count(role, count)
+        before = self._wanted[role]
+        self._wanted[role] = count
+        _log.info("scale", role=role.value, wanted=count, before=before)
+        self._publish()
+        return before
+
+    def drain(self, name: str) -> MemberId:
+        """Have one member leave for good, with one less wanted; a standby is replaced.
+
+        Raises NotFoundError for a name that nobody has, RefusedError as `scale` does.
+        """
+        for life in self._lives.values():
+            if name in {life.member.id.name, str(life.member.id)} and not life.leaving:
+                if life.enlisted:
+                    self._check_count(life.role, self._wanted[life.role] - 1)
+                    self._wanted[life.role] -= 1
+                self._dismiss(life, "drained by an operator")
+                self._publish()
+                return life.member.id
+        raise NotFoundError(f"no member {name} that could leave; `expertmesh status` lists them")
 
     def stop(self) -> None:
         """Drain everybody, front doors first; `stopped` says when nothing is left."""
@@ -131,24 +172,41 @@ class Controller:
         return self._stopping and not self._lives
 
     @property
+    def superseded(self) -> bool:
+        """Whether another controller has taken over: this one does nothing any more."""
+        return self._superseded
+
+    @property
     def view(self) -> View:
         """The newest published View."""
         return self._view
 
     def status(self) -> ClusterStatus:
         """Return the cluster as the controller knows it."""
-        reasons = tuple(self._unready_reasons())
+        now_s = self._clock.now_s()
+        reasons = tuple(self._unready_reasons(now_s))
         return ClusterStatus(
             view=self._view,
-            members=tuple(self._member_status(life) for life in self._lives.values()),
+            members=tuple(self._member_status(life, now_s) for life in self._lives.values()),
             ready=not reasons,
             reasons=reasons,
             failure=self._failure,
+            pools=tuple(self._pool(role) for role in self._wanted),
+            rebalancing_s=now_s - self._placed_s if self._assignment.num_missing else 0.0,
+            replicas_loading=self._book.num_loading,
+            allows_chaos=self._options.allow_chaos,
         )
 
     # What has happened
 
-    def _hear(self, event: Returned | Raised | Died) -> None:
+    def _still_leads(self) -> bool:
+        if not self._journal.is_leading():
+            self._superseded = True
+            self._failure = f"the controller of term {self._view.term} is superseded: it must stop"
+            _log.error("superseded", term=self._view.term)
+        return not self._superseded
+
+    def _hear(self, event: RuntimeEvent) -> None:
         life = self._lives.get(event.process.member)
         if life is None:
             return  # the end of a process whose member was given up before
@@ -156,16 +214,17 @@ class Controller:
             case Returned(process, "pulse", Pulse() as pulse):
                 self._hear_pulse(life, process, pulse)
             case Returned(process, method, value):
+                if method == Phase.LOAD.value and life.role is Role.EXPERT_WORKER:
+                    self._book.finish(life.member.id, done=True)
                 if method == life.phase.value:
                     life.finish(process, value)
             case Raised(process, method, error):
-                life.asked.discard(process)
-                if method == life.phase.value:
-                    self._end(life, f"{process}: {method}: {error}")
-                else:
-                    _log.warning("call failed", process=str(process), method=method, error=error)
+                self._hear_error(life, process, method, error)
             case Died(process, reason):
                 self._end(life, f"{process}: {reason}", dead=process)
+            case Leaving(_, reason):
+                if not life.leaving:
+                    self._dismiss(life, reason)
             case _:
                 assert_never(event)
 
@@ -173,44 +232,92 @@ class Controller:
         life.asked.discard(process)
         life.heard_s[process] = self._clock.now_s()
         life.pulses[process] = pulse
+        if isinstance(pulse.stats, GatewayStats):
+            watch = self._step_watches.setdefault(life.member.id, StepWatch(self._options.stall_s))
+            watch.note(pulse.stats, self._clock.now_s())
         if pulse.failure:
             self._end(life, f"{process}: {pulse.failure}")
+        elif pulse.order[0] > self._view.term:
+            self._rise_above(pulse.order[0])
         elif pulse.order < self._view.order:
-            self._runtime.call(process, "adopt", self._view)  # it missed one
+            self._call(process, "adopt", self._view)  # it missed one
+
+    def _hear_error(self, life: Life, process: ProcessId, method: str, error: str) -> None:
+        life.asked.discard(process)
+        if method == life.phase.value:
+            self._end(life, f"{process}: {method}: {error}")
+            return
+        _log.warning("call failed", process=str(process), method=method, error=error)
+        if method == Phase.LOAD.value:
+            self._book.finish(life.member.id, done=False)
+            self._hold_off_s[life.member.id] = self._clock.now_s() + self._options.restore_s
+
+    def _rise_above(self, term: int) -> None:
+        """Members have heard of a higher term that the journal does not know: it was lost."""
+        if not self._still_leads():
+            return
+        _log.error("members know a higher term than the journal", term=term)
+        self._view = replace(self._view, term=self._journal.claim_term(above=term))
+        self._published = ()
 
     def _end(self, life: Life, reason: str, dead: ProcessId | None = None) -> None:
         """Give a member up: the rest of its processes are ended and it leaves the View."""
-        expected = self._stopping or life.phase is Phase.DRAIN
-        born = life.phase is Phase.SERVE
+        expected = self._stopping or life.phase is Phase.DRAIN or life.leaving
+        born = life.phase in {Phase.SERVE, Phase.STANDBY}
         for process in life.processes:
             if process != dead:
                 self._runtime.kill(process)
         del self._lives[life.member.id]
+        self._book.forget(life.member.id)
+        self._step_watches.pop(life.member.id, None)
+        self._hold_off_s.pop(life.member.id, None)
         if expected:
             return
         _log.error("member ended", member=str(life.member.id), phase=life.phase.value, why=reason)
         failed = 0 if born else self._failed_starts[life.role] + 1
         self._failed_starts[life.role] = failed
-        wait_s = self._options.backoff_s * (2**failed - 1)
+        wait_s = self._options.backoff_s * (2 ** min(failed, 6) - 1)
         self._not_before_s[life.role] = self._clock.now_s() + wait_s
         if failed >= self._options.max_failed_starts:
             self._failure = f"{life.role.value} failed to start {failed} times: {reason}"
 
+    def _resume(self, record: Record) -> None:
+        """Take over what an earlier controller left; whoever was half started begins anew."""
+        now_s = self._clock.now_s()
+        self._wanted = dict(record.wanted)
+        self._view = replace(record.view, term=self._view.term)
+        for member in record.view.members:
+            specs = self._blueprints[member.role](member.id)
+            life = adopted(member, tuple(spec.id for spec in specs), now_s)
+            for spec in specs:
+                self._runtime.adopt(spec.id)
+                if life is None:
+                    self._runtime.kill(spec.id)
+            if life is None:
+                self._book.forget(member.id)
+                continue
+            life.leaving = member.id in record.leaving
+            self._lives[member.id] = life
+        _log.info("took over", members=len(self._lives), term=self._view.term)
+
     # What to do about it
 
-    def _spawn_missing(self) -> None:
-        for role, wanted in self._desired.members.items():
-            if self._clock.now_s() < self._not_before_s.get(role, 0.0):
-                continue
-            taken = {life.member.id.name for life in self._lives.values() if life.role is role}
-            names = (f"{role.value}-{i}" for i in range(wanted))
-            for name in [n for n in names if n not in taken]:
-                self._spawn(role, name)
+    def _staff(self) -> None:
+        for role, wanted in self._wanted.items():
+            standby = self._desired.standby if role is Role.EXPERT_WORKER and wanted else 0
+            orders = staff(role, self._lives.values(), wanted, standby)
+            for member in orders.enlist:
+                self._lives[member].enlisted = True
+            for member in orders.dismiss:
+                self._dismiss(self._lives[member], "one less is wanted")
+            if self._clock.now_s() >= self._not_before_s.get(role, 0.0):
+                for name in orders.start:
+                    self._spawn(role, name)
 
     def _spawn(self, role: Role, name: str) -> None:
-        self._next_incarnation[name] += 1
+        self._births[name] += 1
         # The term makes an incarnation unique over controllers; the count, within one.
-        incarnation = self._view.term * 1_000_000 + self._next_incarnation[name]
+        incarnation = self._view.term * _INCARNATIONS + self._births[name]
         member = Member(
             id=MemberId(name, incarnation),
             role=role,
@@ -219,148 +326,234 @@ class Controller:
         )
         specs = self._blueprints[role](member.id)
         life = Life(member, tuple(spec.id for spec in specs))
+        life.enlisted = role is not Role.EXPERT_WORKER
         self._lives[member.id] = life
         for spec in specs:
             self._runtime.spawn(spec)
         self._enter(life, Phase.OPEN)
 
+    def _dismiss(self, life: Life, reason: str) -> None:
+        """Let a member go; it drains when nobody needs it any more."""
+        life.leaving = True
+        _log.info("member leaves", member=str(life.member.id), why=reason)
+
+    def _assign(self) -> None:
+        """Begin the loads that the crew needs now; planned anew only when something changed."""
+        crew = [w for w in self._workers() if w.enlisted and not w.leaving]
+        now_s = self._clock.now_s()
+        if not self._wanted[Role.EXPERT_WORKER]:
+            return
+        complete = len(crew) >= self._wanted[Role.EXPERT_WORKER] and all(w.is_settled for w in crew)
+        if complete:
+            self._complete_s = now_s
+        elif not self._book.held():
+            return  # the first share goes to all that are coming, not to whoever is first
+        doubtful = frozenset(w.member.id for w in crew if self._is_suspect(w, now_s))
+        held_off = frozenset(w for w, until_s in self._hold_off_s.items() if until_s > now_s)
+        rescue_only = not complete and now_s < self._complete_s + self._options.restore_s
+        state = (
+            self._book.version,
+            tuple((w.member.id, w.phase) for w in crew),
+            doubtful,
+            held_off,
+            rescue_only,
+        )
+        if state == self._assigned:
+            return
+        crew = [w for w in crew if w.member.id not in held_off]
+        self._assignment = assign(
+            self._book,
+            crew,
+            floor=self._desired.floor,
+            doubtful=doubtful,
+            rescue_only=rescue_only,
+        )
+        if self._assignment.shortage and not self._book.held():
+            self._failure = self._assignment.shortage
+        for member, loads in self._assignment.batches.items():
+            batch = self._book.begin(member, loads)
+            life = self._lives[member]
+            if life.phase is Phase.STANDBY:
+                self._enter(life, Phase.LOAD, batch)
+            else:
+                self._call(life.processes[0], Phase.LOAD.value, batch)
+        if not self._assignment.num_missing:
+            self._placed_s = now_s
+        self._assigned = state
+
     def _advance(self) -> None:
-        self._place_if_possible()
         for life in list(self._lives.values()):
-            if self._stopping and self._may_drain(life):
+            if self._may_drain(life):
                 self._enter(life, Phase.DRAIN)
             elif life.between_phases:
                 phase = life.next_phase()
                 if phase is Phase.END:
                     self._end(life, "drained")
-                elif phase is not Phase.LOAD or self._has_assignment(life):
+                else:
                     self._enter(life, phase)
 
     def _may_drain(self, life: Life) -> bool:
-        """Front doors drain first, then gateways, then workers."""
+        """Whether a member may go now; all go at the end, front doors first, workers last."""
         if life.phase is Phase.DRAIN:
             return False
-        order = [Role.FRONT_DOOR, Role.GATEWAY, Role.EXPERT_WORKER]
-        before = order[: order.index(life.role)]
-        return not any(other.role in before for other in self._lives.values())
+        if self._stopping:
+            order = [Role.FRONT_DOOR, Role.GATEWAY, Role.EXPERT_WORKER]
+            before = order[: order.index(life.role)]
+            return not any(other.role in before for other in self._lives.values())
+        if not life.leaving or life.phase is not Phase.SERVE:
+            return life.leaving
+        if life.role is not Role.EXPERT_WORKER:
+            return self._pool(life.role).serving >= self._wanted[life.role]
+        staying = [w.member.id for w in self._workers() if w.phase is Phase.SERVE and not w.leaving]
+        moved = not self._assignment.num_missing and not self._book.loading
+        return moved and self._book.covers(life.member.id, staying)
 
-    def _enter(self, life: Life, phase: Phase) -> None:
+    def _enter(self, life: Life, phase: Phase, *arguments: object) -> None:
         serving = life.phase is Phase.SERVE
-        life.enter(phase)
+        life.enter(phase, self._clock.now_s())
         if phase is Phase.DRAIN and not serving:
             self._end(life, "stopped before it served")
             return
         if phase is Phase.SERVE:
             self._failed_starts[life.role] = 0
-        for process in life.awaited:
-            self._runtime.call(process, phase.value, *self._phase_arguments(life, phase))
-
-    def _phase_arguments(self, life: Life, phase: Phase) -> tuple[object, ...]:
         if phase is Phase.JOIN:
-            return (life.opened[life.processes[0]].rendezvous,)
-        if phase is Phase.LOAD and life.role is Role.EXPERT_WORKER:
-            return (self._target.held_by(life.member.id),)
-        return ()
+            arguments = (life.opened[life.processes[0]].rendezvous,)
+        for process in sorted(life.awaited):
+            self._call(process, phase.value, *arguments)
 
-    def _place_if_possible(self) -> None:
-        """Give newly opened workers their experts, once all the wanted ones have opened."""
-        workers = [w for w in self._lives.values() if w.role is Role.EXPERT_WORKER]
-        new = [w for w in workers if w.phase is Phase.OPEN and not w.awaited]
-        opening = [w for w in workers if w.phase is Phase.OPEN and w.awaited]
-        if not new or (opening and not self._covered()):
-            return  # what is lost goes to all that are coming, not to whoever is first
-        slots = {w.member.id: w.member.num_slots for w in workers if w not in opening}
-        try:
-            self._target = place(
-                self._target,
-                slots,
-                floor=self._desired.floor,
-                receiving=frozenset(w.member.id for w in new),
+    def _watch(self) -> None:
+        """Give up whoever is silent and not needed, and whoever never gets on."""
+        now_s = self._clock.now_s()
+        for life in list(self._lives.values()):
+            silent_s = life.silent_s(now_s)
+            if silent_s > self._options.lost_s and self._is_spare(life, now_s):
+                self._end(life, f"silent for {silent_s:.1f} s")
+            elif life.awaited and now_s - life.since_s > self._options.phase_s:
+                self._end(life, f"{life.phase.value} took over {self._options.phase_s:g} s")
+
+    def _is_spare(self, life: Life, now_s: float) -> bool:
+        """Whether others have loaded all that a member has, so that its loss parks no row."""
+        if life.role is not Role.EXPERT_WORKER:
+            return True
+        sound = [
+            w.member.id
+            for w in self._workers()
+            if w.phase is Phase.SERVE and not self._is_suspect(w, now_s)
+        ]
+        return self._book.covers(life.member.id, sound)
+
+    def _is_suspect(self, life: Life, now_s: float) -> bool:
+        return life.silent_s(now_s) > self._options.silence_s
+
+    def _check_count(self, role: Role, count: int) -> None:
+        if role not in self._wanted:
+            raise RefusedError(f"members of role {role.value} cannot be scaled")
+        local = role is Role.EXPERT_WORKER and not self._wanted[role]
+        if count < 1 or local:
+            raise RefusedError(
+                "experts run in the gateways' processes here: start with experts.workers above 0"
+                if local
+                else f"{count} of role {role.value}: at least 1 must stay"
             )
-        except PlacementError as error:
-            self._failure = str(error)
-
-    def _covered(self) -> bool:
-        alive = [w for w in self._lives if self._lives[w].role is Role.EXPERT_WORKER]
-        return not self._target.uncovered(alive)
-
-    def _has_assignment(self, life: Life) -> bool:
-        return life.role is not Role.EXPERT_WORKER or bool(self._target.held_by(life.member.id))
+        if role is not Role.EXPERT_WORKER:
+            return
+        experts = self._book.model.num_layers * self._book.model.num_experts
+        if count * self._desired.num_slots < experts:
+            raise RefusedError(
+                f"{count} expert workers of {self._desired.num_slots} slots cannot hold the "
+                f"{experts} experts: coverage would break; start with experts.slots or "
+                "experts.min set for so few"
+            )
+        if count > self._desired.max_workers:
+            raise RefusedError(
+                f"{count} expert workers: a gateway rank has at most {self._desired.max_workers} "
+                "links; run further workers as another cell"
+            )
 
     # What everybody is told
 
+    def _call(self, process: ProcessId, method: str, *arguments: object) -> None:
+        self._runtime.call(process, self._view.term, method, *arguments)
+
     def _publish(self) -> None:
+        """Journal and publish a View if anything that it or its record says has changed."""
         members = tuple(sorted((w.member for w in self._lives.values()), key=lambda m: m.id))
-        if members == self._view.members or self._superseded:
-            return  # placement follows the members' phases: it changes with them only
+        leaving = frozenset(w.member.id for w in self._lives.values() if w.leaving)
+        state = (members, leaving, self._book.version, tuple(self._wanted.items()))
+        if state == self._published or self._superseded:
+            return
+        placement = self._view.placement
+        if not self._published or state[2] != self._published[2]:
+            placement = self._book.placement()
         view = replace(
-            self._view,
-            version=self._view.version + 1,
-            members=members,
-            placement=self._published_placement(),
+            self._view, version=self._view.version + 1, members=members, placement=placement
         )
         try:
-            self._journal.append(view)
-        except RefusedError as error:
-            self._superseded = True
-            self._failure = str(error)
+            self._journal.append(Record(view, dict(self._wanted), leaving))
+        except RefusedError:
+            self._still_leads()
             return
+        self._published = state
         self._view = view
         for life in self._lives.values():
             for process in life.opened:
-                self._runtime.call(process, "adopt", view)
-
-    def _published_placement(self) -> Placement:
-        """Return the replicas that are loaded: those on workers past their LOAD phase."""
-        loaded = {
-            member
-            for member, life in self._lives.items()
-            if life.phase in {Phase.START, Phase.SERVE, Phase.DRAIN}
-        }
-        kept = (
-            (expert, tuple(r for r in replicas if r.worker in loaded))
-            for expert, replicas in self._target.replicas.items()
-        )
-        return replace(self._target, replicas={e: replicas for e, replicas in kept if replicas})
+                self._call(process, "adopt", view)
 
     def _ask_pulses(self) -> None:
         if self._clock.now_s() - self._pulsed_s < self._options.pulse_s:
             return
         self._pulsed_s = self._clock.now_s()
         for life in self._lives.values():
-            if life.phase in {Phase.SERVE, Phase.DRAIN}:
-                for process in set(life.processes) - life.asked:
+            if life.phase in {Phase.SERVE, Phase.STANDBY, Phase.DRAIN}:
+                for process in sorted(set(life.processes) - life.asked):
                     life.asked.add(process)
-                    self._runtime.call(process, "pulse")
+                    self._call(process, "pulse")
 
     # How it stands
 
-    def _unready_reasons(self) -> list[str]:
-        reasons = [self._failure] if self._failure else []
-        for role, wanted in self._desired.members.items():
-            lives = [w for w in self._lives.values() if w.role is role]
-            serving = sum(w.phase is Phase.SERVE for w in lives)
-            if serving < wanted:
-                reasons.append(f"{role.value}: {serving} of {wanted} serve")
-            reasons += [
-                f"{process} is not ready"
-                for life in lives
-                if life.phase is Phase.SERVE
-                for process in life.processes
-                if process not in life.pulses or not life.pulses[process].ready
-            ]
-        missing = len(self._view.uncovered()) if self._desired.members[Role.EXPERT_WORKER] else 0
+    def _workers(self) -> Iterable[Life]:
+        return [w for w in self._lives.values() if w.role is Role.EXPERT_WORKER]
+
+    def _unready_reasons(self, now_s: float) -> list[str]:
+        problems = (self._failure, self._assignment.shortage)
+        reasons = [problem for problem in dict.fromkeys(problems) if problem]
+        reasons += [
+            f"{pool.role.value}: {pool.serving} of {pool.wanted} serve"
+            for pool in (self._pool(role) for role in self._wanted)
+            if pool.serving < pool.wanted
+        ]
+        for life in self._lives.values():
+            if life.phase is Phase.SERVE:
+                reasons += [
+                    f"{process} is not ready"
+                    for process in life.processes
+                    if process not in life.pulses or not life.pulses[process].ready
+                ]
+                if self._is_suspect(life, now_s):
+                    reasons.append(f"{life.member.id} is silent for {life.silent_s(now_s):.1f} s")
+        for member, watch in self._step_watches.items():
+            if stalled_s := watch.stalled_s(now_s):
+                reasons.append(f"{member}: no token has moved for {stalled_s:.0f} s")
+        missing = len(self._view.uncovered()) if self._wanted[Role.EXPERT_WORKER] else 0
         if missing:
             reasons.append(f"{missing} experts have no serving replica")
         return reasons
 
-    def _member_status(self, life: Life) -> MemberStatus:
-        now_s = self._clock.now_s()
-        silent_s = max((now_s - heard for heard in life.heard_s.values()), default=0.0)
+    def _pool(self, role: Role) -> PoolStatus:
+        lives = [w for w in self._lives.values() if w.role is role]
+        return PoolStatus(
+            role=role,
+            wanted=self._wanted[role],
+            serving=sum(w.phase is Phase.SERVE and not w.leaving for w in lives),
+            standby=sum(w.phase is Phase.STANDBY and not w.enlisted for w in lives),
+        )
+
+    def _member_status(self, life: Life, now_s: float) -> MemberStatus:
         return MemberStatus(
             member=life.member,
             phase=life.phase.value,
             pulses=tuple(life.pulses[p] for p in life.processes if p in life.pulses),
-            silent_s=silent_s,
-            suspect=silent_s > self._options.silence_s,
+            silent_s=life.silent_s(now_s),
+            suspect=self._is_suspect(life, now_s),
+            leaving=life.leaving,
         )

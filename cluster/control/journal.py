@@ -8,8 +8,8 @@ import os
 import pickle
 from pathlib import Path
 
+from cluster.control.ports import Record
 from workers.errors import RefusedError
-from workers.placement import View
 
 _KEPT_VIEWS = 16
 
@@ -22,10 +22,10 @@ class DirectoryJournal:
         self._term = 0
         directory.mkdir(parents=True, exist_ok=True)
 
-    def claim_term(self) -> int:
+    def claim_term(self, above: int = 0) -> int:
         """Take the next term; whoever creates its file first has it."""
         while True:
-            term = self._highest_term() + 1
+            term = max(self._highest_term(), above) + 1
             try:
                 os.close(os.open(self._directory / f"term-{term:012d}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
@@ -33,31 +33,36 @@ class DirectoryJournal:
             self._term = term
             return term
 
-    def append(self, view: View) -> None:
-        """Store a View durably; refuse when a higher term has been claimed."""
-        if self._highest_term() > self._term:
+    def is_leading(self) -> bool:
+        """Whether nobody has claimed a higher term."""
+        return self._highest_term() <= self._term
+
+    def append(self, record: Record) -> None:
+        """Store a record durably; refuse when a higher term has been claimed."""
+        if not self.is_leading():
             raise RefusedError(
                 f"controller term {self._term} is superseded by term {self._highest_term()}: "
                 "this controller must stop"
             )
+        view = record.view
         path = self._directory / f"view-{view.term:012d}-{view.version:012d}"
         beside = path.with_suffix(".new")
         with beside.open("wb") as file:
-            file.write(pickle.dumps(view))
+            file.write(pickle.dumps(record))
             file.flush()
             os.fsync(file.fileno())
         beside.rename(path)
         for old in sorted(self._directory.glob("view-*[0-9]"))[:-_KEPT_VIEWS]:
             old.unlink(missing_ok=True)
 
-    def latest(self) -> View | None:
-        """Return the newest View in the directory."""
+    def latest(self) -> Record | None:
+        """Return the newest record in the directory."""
         paths = sorted(self._directory.glob("view-*[0-9]"))
         if not paths:
             return None
-        view = pickle.loads(paths[-1].read_bytes())  # noqa: S301 - our own directory
-        assert isinstance(view, View)
-        return view
+        record = pickle.loads(paths[-1].read_bytes())  # noqa: S301 - our own directory
+        assert isinstance(record, Record)
+        return record
 
     def _highest_term(self) -> int:
         terms = [int(p.name.removeprefix("term-")) for p in self._directory.glob("term-*")]

@@ -20,24 +20,25 @@ class Phase(Enum):
     JOIN = "join"
     LOAD = "load"
     START = "start"
+    STANDBY = "standby"
     SERVE = "serve"
     DRAIN = "drain"
     END = "end"
 
 
+RESTING = frozenset({Phase.STANDBY, Phase.SERVE, Phase.END})  # no call: left when somebody decides
+
+# A worker opens its links before it has experts, so that it can stand by with nothing but a load
+# between it and serving; a gateway begins to listen when it has its weights.
 PHASES: Mapping[Role, tuple[Phase, ...]] = MappingProxyType(
     {
-        Role.EXPERT_WORKER: (Phase.OPEN, Phase.LOAD, Phase.START, Phase.SERVE),
+        Role.EXPERT_WORKER: (Phase.OPEN, Phase.START, Phase.STANDBY, Phase.LOAD, Phase.SERVE),
         Role.GATEWAY: (Phase.OPEN, Phase.JOIN, Phase.LOAD, Phase.START, Phase.SERVE),
         Role.FRONT_DOOR: (Phase.OPEN, Phase.START, Phase.SERVE),
     }
 )
-_STATES: Mapping[Phase, MemberState] = MappingProxyType(
+_LAST_STATES: Mapping[Phase, MemberState] = MappingProxyType(
     {
-        Phase.OPEN: MemberState.JOINING,
-        Phase.JOIN: MemberState.JOINING,
-        Phase.LOAD: MemberState.JOINING,
-        Phase.START: MemberState.WARM,
         Phase.SERVE: MemberState.ACTIVE,
         Phase.DRAIN: MemberState.DRAINING,
         Phase.END: MemberState.GONE,
@@ -47,17 +48,24 @@ _STATES: Mapping[Phase, MemberState] = MappingProxyType(
 
 @dataclass(slots=True)
 class Life:
-    """One member's processes and how far they are."""
+    """One member's processes and how far they are.
+
+    `enlisted` says of a worker that it holds experts or is to; the others stand by. `leaving` says
+    that the member goes for good as soon as it is not needed. `adopted` that an earlier controller
+    started it.
+    """
 
     member: Member
     processes: tuple[ProcessId, ...]
     phase: Phase = Phase.OPEN
+    since_s: float = 0.0  # of the phase
     awaited: set[ProcessId] = field(default_factory=set)
     opened: dict[ProcessId, Opened] = field(default_factory=dict)
     pulses: dict[ProcessId, Pulse] = field(default_factory=dict)
     heard_s: dict[ProcessId, float] = field(default_factory=dict)
     asked: set[ProcessId] = field(default_factory=set)
-    reason: str = ""
+    enlisted: bool = False
+    leaving: bool = False
 
     @property
     def role(self) -> Role:
@@ -67,7 +75,18 @@ class Life:
     @property
     def between_phases(self) -> bool:
         """Whether every process has finished the phase, so that the next may begin."""
-        return not self.awaited and self.phase not in {Phase.SERVE, Phase.END}
+        return not self.awaited and self.phase not in RESTING
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has come as far as it can without experts."""
+        return self.phase in {Phase.STANDBY, Phase.LOAD, Phase.SERVE, Phase.DRAIN}
+
+    def silent_s(self, now_s: float) -> float:
+        """Return for how long the quietest process has not been heard; 0 before it must be."""
+        if self.phase not in {Phase.STANDBY, Phase.SERVE, Phase.DRAIN}:
+            return 0.0
+        return now_s - min(self.heard_s.get(p, self.since_s) for p in self.processes)
 
     def next_phase(self) -> Phase:
         """Return the phase that follows."""
@@ -76,11 +95,13 @@ class Life:
         phases = PHASES[self.role]
         return phases[phases.index(self.phase) + 1]
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, now_s: float) -> None:
         """Begin a phase: every process is awaited, except in those that have no call."""
         self.phase = phase
-        self.awaited = set() if phase in {Phase.SERVE, Phase.END} else set(self.processes)
-        self.member = replace(self.member, state=_STATES[phase])
+        self.since_s = now_s
+        self.heard_s = dict.fromkeys(self.processes, now_s)
+        self.awaited = set() if phase in RESTING else set(self.processes)
+        self.member = replace(self.member, state=_state(self.role, phase))
 
     def finish(self, process: ProcessId, value: object) -> None:
         """Note that one process has finished the phase, with what it says of itself."""
@@ -89,6 +110,42 @@ class Life:
             before = self.opened.get(process)
             self.opened[process] = _merged(before, value) if before else value
             self.member = _described(self.member, [self.opened.get(p) for p in self.processes])
+
+
+def adopted(member: Member, processes: tuple[ProcessId, ...], now_s: float) -> Life | None:
+    """Return the life of a member that an earlier controller left, or None if it must start anew.
+
+    Whatever was half done is given up: only who served, or stood by, goes on.
+    """
+    is_worker = member.role is Role.EXPERT_WORKER
+    serves = member.state in {MemberState.ACTIVE, MemberState.DRAINING}
+    if not serves and not (is_worker and member.state is MemberState.WARM):
+        return None
+    life = Life(member, processes, enlisted=serves)
+    life.enter(Phase.SERVE if serves else Phase.STANDBY, now_s)
+    life.opened = {
+        process: Opened(
+            pid=member.pid,
+            node=member.node,
+            endpoint=member.endpoint,
+            store=member.stores[rank] if rank < len(member.stores) else "",
+            metrics=member.metrics,
+        )
+        for rank, process in enumerate(processes)
+    }
+    return life
+
+
+def _state(role: Role, phase: Phase) -> MemberState:
+    """Return the state of a phase; WARM is who only lacks the last step before it serves."""
+    last = _LAST_STATES.get(phase)
+    if last is not None:
+        return last
+    if role is Role.EXPERT_WORKER:
+        warm = phase in {Phase.STANDBY, Phase.LOAD}
+    else:
+        warm = phase is Phase.START
+    return MemberState.WARM if warm else MemberState.JOINING
 
 
 def _merged(before: Opened, after: Opened) -> Opened:

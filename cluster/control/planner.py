@@ -1,59 +1,117 @@
-"""Which worker holds which expert: a pure function from workers and slots to a Placement."""
+"""Which worker should load which expert next: pure, from what is loaded to what is missing.
+
+Nothing moves that need not. First come experts without a copy, then missing copies up to the floor,
+then an even share for workers that hold less than theirs. A replica beyond the floor stays where
+it is until its slot is needed, so that every move is a load first and a removal later.
+"""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from workers.errors import PlacementError
 from workers.placement import ExpertId, MemberId, Placement, Replica
 
+Slots = Mapping[ExpertId, int]
 
-def place(
-    current: Placement,
-    workers: Mapping[MemberId, int],
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker that may hold experts: how many, and on which node it runs."""
+
+    num_slots: int
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One expert that one worker should load into one slot; urgent if nobody else holds it."""
+
+    worker: MemberId
+    expert: ExpertId
+    slot: int
+    urgent: bool = False
+
+
+def plan_loads(
+    model: Placement,
+    seats: Mapping[MemberId, Seat],
+    held: Mapping[MemberId, Slots],
     *,
     floor: int,
-    receiving: Collection[MemberId] | None = None,
-) -> Placement:
-    """Give every expert `floor` replicas on distinct workers, moving nothing that need not move.
+    fixed: Mapping[MemberId, Slots] | None = None,
+    doubtful: Collection[MemberId] = (),
+    rescue_only: bool = False,
+) -> list[Load]:
+    """Return what to load, most urgent first; nothing when all is as it should be.
 
-    Replicas on workers that still exist stay where they are. Missing ones go, layer by layer, to
-    the worker that holds fewest replicas of that layer, then fewest in all, so that each layer is
-    spread evenly. With fewer workers or slots than the floor asks for, first copies come before
-    second ones.
+    Copies go to the worker, on a node of its own where there is one, that holds fewest experts of
+    the layer, then fewest in all. Floors that the slots do not allow are met as far as they do.
 
     Args:
-        current: The placement so far; empty at the start. Names the model's layers and experts.
-        workers: Number of slots of each worker that may hold experts.
+        model: Names the model's layers and experts; its replicas are not looked at.
+        seats: The workers that may hold experts. What others hold does not count.
+        held: What each worker holds, or will when the loads under way have ended.
         floor: Copies wanted of each expert; the number of workers bounds it.
-        receiving: Workers that may get new replicas; all of them when None.
+        fixed: Those of `held` that are under way: their slots cannot be taken.
+        doubtful: Workers whose copies do not count as coverage, but do as copies.
+        rescue_only: Look after experts without a copy, and leave the rest as it is.
 
     Raises:
         PlacementError: The slots do not suffice for one copy of every expert.
     """
-    board = _Board(current, workers, workers if receiving is None else receiving)
-    experts = [
-        ExpertId(layer, expert)
-        for layer in range(current.num_layers)
-        for expert in range(current.num_experts)
-    ]
-    for copies in range(1, min(floor, len(workers)) + 1):
-        for expert in experts:
-            if len(board.replicas[expert]) < copies and not board.add(expert) and copies == 1:
-                raise PlacementError(
-                    f"{sum(workers.values())} slots on {len(workers)} expert workers cannot hold "
-                    f"the {len(experts)} experts of {current.num_layers} layers: add workers or "
-                    "raise experts.slots"
-                )
+    board = _Board(model, seats, held, fixed or {})
+    for expert in board.experts():
+        sound = [w for w in board.holders[expert] if w not in doubtful]
+        if not sound and not board.add(expert, least_copies=1, urgent=True):
+            raise PlacementError(
+                f"{sum(s.num_slots for s in seats.values())} slots on {len(seats)} expert workers "
+                f"cannot hold the {model.num_layers * model.num_experts} experts of "
+                f"{model.num_layers} layers: add workers or raise experts.slots"
+            )
+    if rescue_only:
+        return board.loads
+    copies = min(floor, len(seats))
+    for wanted in range(2, copies + 1):
+        for expert in board.experts():
+            if len(board.holders[expert]) < wanted:
+                board.add(expert, least_copies=copies)
+    for layer in range(model.num_layers):
+        board.even_out(layer, model.num_experts * copies // len(seats), copies)
+    return board.loads
+
+
+def place(current: Placement, workers: Mapping[MemberId, int], *, floor: int) -> Placement:
+    """Return a placement in which everything is loaded, for workers with so many slots each.
+
+    Raises:
+        PlacementError: The slots do not suffice for one copy of every expert.
+    """
+    held = {w: dict(current.held_by(w)) for w in workers}
+    loads = plan_loads(current, {w: Seat(n) for w, n in workers.items()}, held, floor=floor)
+    for load in loads:
+        mine = held[load.worker]
+        held[load.worker] = {e: s for e, s in mine.items() if s != load.slot}
+        held[load.worker][load.expert] = load.slot
+    return placement_of(current, held)
+
+
+def placement_of(model: Placement, held: Mapping[MemberId, Slots]) -> Placement:
+    """Return the placement that says what each worker holds."""
+    replicas: dict[ExpertId, list[Replica]] = {}
+    for worker in sorted(held):
+        for expert, slot in held[worker].items():
+            replicas.setdefault(expert, []).append(Replica(worker, slot))
     return Placement(
-        current.weights_version,
-        current.num_layers,
-        current.num_experts,
-        {expert: tuple(sorted(replicas)) for expert, replicas in board.replicas.items()},
+        model.weights_version,
+        model.num_layers,
+        model.num_experts,
+        {expert: tuple(replicas[expert]) for expert in sorted(replicas)},
     )
 
 
 def slots_needed(num_layers: int, num_experts: int, num_workers: int, floor: int) -> int:
-    """Return the slots a worker needs for its even share, and one spare for lost coverage."""
+    """Return the slots a worker needs for its even share, and one a layer for lost coverage."""
     replicas = num_layers * num_experts * min(floor, num_workers)
     return -(-replicas // num_workers) + num_layers + 1
 
@@ -63,39 +121,116 @@ class _Board:
 
     def __init__(
         self,
-        current: Placement,
-        workers: Mapping[MemberId, int],
-        receiving: Collection[MemberId],
+        model: Placement,
+        seats: Mapping[MemberId, Seat],
+        held: Mapping[MemberId, Slots],
+        fixed: Mapping[MemberId, Slots],
     ) -> None:
-        self.replicas: dict[ExpertId, list[Replica]] = {}
+        self._model = model
+        self._seats = seats
+        self._fixed = {w: set(slots.values()) for w, slots in fixed.items()}
+        self._slot_of = {w: dict(held.get(w, {})) for w in seats}
         self._in_layer: Counter[tuple[MemberId, int]] = Counter()
-        self._in_all: Counter[MemberId] = Counter()
-        taken: dict[MemberId, set[int]] = {worker: set() for worker in workers}
-        for layer in range(current.num_layers):
-            for e in range(current.num_experts):
-                expert = ExpertId(layer, e)
-                kept = [r for r in current.of(layer, e) if r.worker in workers]
-                self.replicas[expert] = kept
-                for replica in kept:
-                    taken[replica.worker].add(replica.slot)
-                    self._count(expert, replica.worker)
+        self.holders: dict[ExpertId, list[MemberId]] = {e: [] for e in self.experts()}
+        self._planned: dict[tuple[MemberId, ExpertId], Load] = {}
+        for worker, slots in self._slot_of.items():
+            for expert in slots:
+                self.holders[expert].append(worker)
+                self._in_layer[worker, expert.layer] += 1
         self._free = {
-            worker: [s for s in reversed(range(slots)) if s not in taken[worker]]
-            for worker, slots in workers.items()
-            if worker in receiving
+            worker: sorted(set(range(seat.num_slots)) - set(self._slot_of[worker].values()))[::-1]
+            for worker, seat in seats.items()
         }
 
-    def add(self, expert: ExpertId) -> bool:
-        """Put one more replica of an expert somewhere; False when no worker can take it."""
-        holders = {r.worker for r in self.replicas[expert]}
-        able = [w for w, free in self._free.items() if free and w not in holders]
-        if not able:
+    @property
+    def loads(self) -> list[Load]:
+        """What was dealt out, in order."""
+        return list(self._planned.values())
+
+    def experts(self) -> Iterator[ExpertId]:
+        """Yield every expert of the model, layer by layer."""
+        for layer in range(self._model.num_layers):
+            for expert in range(self._model.num_experts):
+                yield ExpertId(layer, expert)
+
+    def add(self, expert: ExpertId, *, least_copies: int, urgent: bool = False) -> bool:
+        """Give an expert one more copy, on the most fitting worker that can take it.
+
+        A worker without a free slot gives up a replica of which more than `least_copies` exist.
+        """
+        nodes = {self._seats[w].node for w in self.holders[expert]}
+        for worker in sorted(
+            (w for w in self._seats if w not in self.holders[expert]),
+            key=lambda w: (
+                self._seats[w].node in nodes,
+                not self._free[w],
+                self._in_layer[w, expert.layer],
+                len(self._slot_of[w]),
+                w,
+            ),
+        ):
+            if self._give(worker, expert, least_copies, urgent=urgent):
+                return True
+        return False
+
+    def even_out(self, layer: int, share: int, least_copies: int) -> None:
+        """Give every worker its share of a layer, taking from those that hold most of it."""
+        for worker in sorted(self._seats):
+            while self._in_layer[worker, layer] < share:
+                offered = self._offered(worker, layer, share)
+                if offered is None:
+                    break
+                planned = self._planned.get(offered)
+                urgent = planned is not None and planned.urgent
+                if not self._give(worker, offered[1], least_copies, urgent=urgent):
+                    break
+                if planned is not None:
+                    self._recall(planned)
+
+    def _offered(
+        self, worker: MemberId, layer: int, share: int
+    ) -> tuple[MemberId, ExpertId] | None:
+        """Return a worker with more than its share of the layer, and an expert it could give."""
+        donors = [w for w in self._seats if self._in_layer[w, layer] > share]
+        for donor in sorted(donors, key=lambda w: (-self._in_layer[w, layer], w)):
+            for expert in self._slot_of[donor]:
+                if expert.layer == layer and worker not in self.holders[expert]:
+                    return donor, expert
+        return None
+
+    def _recall(self, load: Load) -> None:
+        """Take a copy back that was only just planned: it need not be loaded at all."""
+        del self._planned[load.worker, load.expert]
+        self._drop(load.worker, load.expert)
+        self._free[load.worker].append(load.slot)
+
+    def _give(
+        self, worker: MemberId, expert: ExpertId, least_copies: int, *, urgent: bool = False
+    ) -> bool:
+        slot = self._free[worker].pop() if self._free[worker] else None
+        if slot is None:
+            slot = self._vacated(worker, least_copies)
+        if slot is None:
             return False
-        worker = min(able, key=lambda w: (self._in_layer[w, expert.layer], self._in_all[w], w))
-        self.replicas[expert].append(Replica(worker, self._free[worker].pop()))
-        self._count(expert, worker)
+        self._slot_of[worker][expert] = slot
+        self.holders[expert].append(worker)
+        self._in_layer[worker, expert.layer] += 1
+        self._planned[worker, expert] = Load(worker, expert, slot, urgent)
         return True
 
-    def _count(self, expert: ExpertId, worker: MemberId) -> None:
-        self._in_layer[worker, expert.layer] += 1
-        self._in_all[worker] += 1
+    def _vacated(self, worker: MemberId, least_copies: int) -> int | None:
+        """Take a replica that others hold often enough off a worker; from its fullest layer."""
+        fixed = self._fixed.get(worker, set())
+        spare = [
+            expert
+            for expert, slot in self._slot_of[worker].items()
+            if len(self.holders[expert]) > least_copies and slot not in fixed
+        ]
+        if not spare:
+            return None
+        return self._drop(worker, max(spare, key=lambda e: (self._in_layer[worker, e.layer], e)))
+
+    def _drop(self, worker: MemberId, expert: ExpertId) -> int:
+        self.holders[expert].remove(worker)
+        self._in_layer[worker, expert.layer] -= 1
+        return self._slot_of[worker].pop(expert)

@@ -4,7 +4,7 @@ Everything is a plain value or a non-blocking call, so that the same controller 
 tests and under simulation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,7 +66,15 @@ class Died:
     reason: str
 
 
-RuntimeEvent = Returned | Raised | Died
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The node of a process is about to go: what it alone holds must be moved at once."""
+
+    process: ProcessId
+    reason: str
+
+
+RuntimeEvent = Returned | Raised | Died | Leaving
 
 
 class Runtime(Protocol):
@@ -76,8 +84,15 @@ class Runtime(Protocol):
         """Start a process; its death, also at birth, comes as `Died`."""
         ...
 
-    def call(self, process: ProcessId, method: str, *arguments: object) -> None:
-        """Call a method of a process; `poll` returns the outcome, unless the process died."""
+    def adopt(self, process: ProcessId) -> None:
+        """Take over a process that an earlier controller started; `Died` if it is not there."""
+        ...
+
+    def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:
+        """Call a method of a process; `poll` returns the outcome, unless the process died.
+
+        A process that has heard of a higher term raises RefusedError.
+        """
         ...
 
     def poll(self) -> Sequence[RuntimeEvent]:
@@ -89,22 +104,41 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a controller must find again: the View, and how many members of each role are wanted.
+
+    `leaving` are the members that leave for good.
+    """
+
+    view: View
+    wanted: Mapping[Role, int] = field(default_factory=dict)
+    leaving: frozenset[MemberId] = frozenset()
+
+
 class Journal(Protocol):
     """Durable storage of Views, and the fence between controllers."""
 
-    def claim_term(self) -> int:
-        """Take the next term by compare-and-set: no two controllers ever hold the same."""
+    def claim_term(self, above: int = 0) -> int:
+        """Take a term by compare-and-set, higher than all before and than `above`.
+
+        No two controllers ever hold the same.
+        """
         ...
 
-    def append(self, view: View) -> None:
-        """Store a View before it is published.
+    def is_leading(self) -> bool:
+        """Whether no higher term than the one claimed here has been claimed."""
+        ...
+
+    def append(self, record: Record) -> None:
+        """Store a record before its View is published.
 
         Raises RefusedError when a higher term has been claimed: this controller is superseded.
         """
         ...
 
-    def latest(self) -> View | None:
-        """Return the newest stored View, or None when there is none."""
+    def latest(self) -> Record | None:
+        """Return the newest record, or None when there is none."""
         ...
 
 

@@ -1,17 +1,20 @@
-"""The cluster RPCs: the View that this front door holds, as clients see it."""
+"""The cluster RPCs: the View that this front door holds, and what operators ask."""
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import grpc
 
 from cluster import wire
+from cluster.control.status import ClusterStatus, MemberStatus
+from cluster.frontdoor.operator import Operator
 from cluster.frontdoor.service import FrontDoorParts, guarded
 from cluster.pb.expertmesh.v1 import cluster_pb2, cluster_pb2_grpc
-from workers.errors import UnavailableError
+from workers.errors import FieldViolation, InvalidRequestError, UnavailableError
 from workers.placement import ExpertId, Member, MemberId, MemberState, Role, View
-from workers.types import GatewayStats
+from workers.types import GatewayStats, WorkerStats
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -22,6 +25,7 @@ _ROLES = {
     Role.GATEWAY: cluster_pb2.ROLE_GATEWAY,
     Role.EXPERT_WORKER: cluster_pb2.ROLE_EXPERT_WORKER,
 }
+_SCALABLE = {_ROLES[role]: role for role in (Role.EXPERT_WORKER, Role.GATEWAY, Role.FRONT_DOOR)}
 _STATES = {
     MemberState.JOINING: cluster_pb2.MEMBER_STATE_JOINING,
     MemberState.WARM: cluster_pb2.MEMBER_STATE_WARM,
@@ -61,11 +65,12 @@ class ViewCache:
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
-    """GetView and WatchView."""
+    """GetView and WatchView from what is known here; the rest goes to the controller."""
 
-    def __init__(self, parts: FrontDoorParts, cache: ViewCache) -> None:
+    def __init__(self, parts: FrontDoorParts, cache: ViewCache, operator: Operator) -> None:
         self._parts = parts
         self._cache = cache
+        self._operator = operator
 
     async def GetView(
         self, request: cluster_pb2.GetViewRequest, context: Context
@@ -87,10 +92,89 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
                     await context.write(cluster_pb2.WatchViewResponse(view=self._message()))
                 await self._cache.change()
 
+    async def GetStatus(
+        self, request: cluster_pb2.GetStatusRequest, context: Context
+    ) -> cluster_pb2.GetStatusResponse:
+        """Return the controller's word on every member."""
+        del request
+        async with guarded(self._parts, "GetStatus", context):
+            status = await self._operator.status()
+            return cluster_pb2.GetStatusResponse(status=status_message(status))
+        raise AssertionError  # the guard has raised
+
+    async def Scale(
+        self, request: cluster_pb2.ScaleRequest, context: Context
+    ) -> cluster_pb2.ScaleResponse:
+        """Set how many members of a role are wanted."""
+        async with guarded(self._parts, "Scale", context):
+            role = _SCALABLE.get(request.role)
+            if role is None:
+                raise InvalidRequestError(
+                    FieldViolation("role", "must be expert worker, gateway or front door")
+                )
+            before = await self._operator.scale(role, request.count)
+            return cluster_pb2.ScaleResponse(previous_count=before)
+        raise AssertionError  # the guard has raised
+
+    async def Drain(
+        self, request: cluster_pb2.DrainRequest, context: Context
+    ) -> cluster_pb2.DrainResponse:
+        """Have one member leave for good."""
+        async with guarded(self._parts, "Drain", context):
+            if not request.member:
+                raise InvalidRequestError(FieldViolation("member", "must name a member"))
+            member = await self._operator.drain(request.member)
+            return cluster_pb2.DrainResponse(name=member.name, incarnation=member.incarnation)
+        raise AssertionError  # the guard has raised
+
     def _message(self) -> cluster_pb2.View:
         if self._cache.view is None:
             raise UnavailableError("this front door has not been told of the cluster yet")
         return view_message(self._cache.view, self._cache.uncovered, self._parts.pool.stats())
+
+
+def status_message(status: ClusterStatus) -> cluster_pb2.ClusterStatus:
+    """Return the controller's word as clients see it; the controller is among the members."""
+    view = view_message(status.view, status.view.uncovered(), {})
+    if status.controller is not None:
+        view.members.insert(0, _member_message(status.controller, 0, None))
+    return cluster_pb2.ClusterStatus(
+        view=view,
+        ready=status.ready,
+        reasons=status.reasons,
+        members=[_health_message(member) for member in status.members],
+        pools=[
+            cluster_pb2.Pool(
+                role=_ROLES[pool.role],
+                wanted=pool.wanted,
+                serving=pool.serving,
+                standby=pool.standby,
+            )
+            for pool in status.pools
+        ],
+        rebalancing_s=status.rebalancing_s,
+        replicas_loading=status.replicas_loading,
+        allows_chaos=status.allows_chaos,
+    )
+
+
+def _health_message(status: MemberStatus) -> cluster_pb2.MemberHealth:
+    term, version = min((pulse.order for pulse in status.pulses), default=(0, 0))
+    stats = [pulse.stats for pulse in status.pulses]
+    worker = next((s for s in stats if isinstance(s, WorkerStats)), None)
+    gateway = next((s for s in stats if isinstance(s, GatewayStats)), None)
+    return cluster_pb2.MemberHealth(
+        name=status.member.id.name,
+        incarnation=status.member.id.incarnation,
+        phase=status.phase,
+        silent_s=status.silent_s,
+        suspect=status.suspect,
+        leaving=status.leaving,
+        adopted_term=term,
+        adopted_version=version,
+        worker_stats=None if worker is None else cluster_pb2.WorkerStats(**asdict(worker)),
+        gateway_stats=None if gateway is None else wire.stats_message(gateway),
+    )
 
 
 def view_message(

@@ -13,6 +13,7 @@ from cluster.frontdoor.cluster_service import ClusterService, ViewCache
 from cluster.frontdoor.gateways import GatewayPool
 from cluster.frontdoor.metrics import FrontDoorMetrics, NoMetrics
 from cluster.frontdoor.model import ModelInfo
+from cluster.frontdoor.operator import NoOperator, Operator
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.service import FrontDoorParts, InferenceService
 from cluster.pb.expertmesh.v1 import (
@@ -45,6 +46,7 @@ class FrontDoor:
         options: Its settings.
         model: The served model.
         metrics: Where observations go.
+        operator: The controller; none when nobody may be asked to change the cluster.
         clock: Measures what the metrics report.
     """
 
@@ -54,9 +56,11 @@ class FrontDoor:
         model: ModelInfo,
         *,
         metrics: FrontDoorMetrics | None = None,
+        operator: Operator | None = None,
         clock: Clock | None = None,
     ) -> None:
         metrics = metrics or NoMetrics()
+        self._operator = operator or NoOperator()
         self._options = options
         self._views = ViewCache(experts_in_gateway=options.experts_in_gateway)
         self._parts = FrontDoorParts(
@@ -87,7 +91,7 @@ class FrontDoor:
             InferenceService(self._parts), self._server
         )
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterService(self._parts, self._views), self._server
+            ClusterService(self._parts, self._views, self._operator), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -104,6 +108,7 @@ class FrontDoor:
         """Take a View if it is newer, and connect to its gateways."""
         if self._views.adopt(view):
             self._parts.pool.adopt(view)
+            self._health_may_change()  # experts may be covered now, or no longer
 
     @property
     def ready(self) -> bool:

@@ -1,16 +1,11 @@
 """A body for tests of the runtime: answers, raises, waits."""
 
 import os
-import threading
 
 
 class EchoBody:
     def __init__(self, word: str) -> None:
         self._word = word
-        self._ended = threading.Event()
-
-    def hold(self) -> None:
-        self._ended.wait()
 
     def open(self) -> tuple[str, int]:
         return self._word, os.getpid()

@@ -9,6 +9,7 @@ import pytest
 from cluster.config import ray_environment
 from cluster.control.ports import Died, ProcessId, ProcessSpec, Raised, Returned
 from tests.fake_runtime import FakeRuntime
+from workers.clock import SystemClock
 from workers.placement import MemberId, Role
 
 ONE = ProcessId(MemberId("one", 1))
@@ -44,7 +45,7 @@ def runtime(request):
     request.getfixturevalue("ray_cluster")
     from cluster.runtime import RayRuntime
 
-    runtime = RayRuntime()
+    runtime = RayRuntime(SystemClock())
     yield runtime
     for process in (ONE, TWO):
         runtime.kill(process)
@@ -61,7 +62,7 @@ def events_until(runtime, count: int) -> list:
 
 def test_a_call_returns_its_value(runtime) -> None:
     runtime.spawn(spec())
-    runtime.call(ONE, "open")
+    runtime.call(ONE, 1, "open")
 
     (event,) = events_until(runtime, 1)
 
@@ -71,26 +72,26 @@ def test_a_call_returns_its_value(runtime) -> None:
 
 def test_an_error_in_a_call_leaves_the_process_alive(runtime) -> None:
     runtime.spawn(spec())
-    runtime.call(ONE, "fail")
+    runtime.call(ONE, 1, "fail")
     (event,) = events_until(runtime, 1)
     assert isinstance(event, Raised)
     assert "as asked" in event.error
 
-    runtime.call(ONE, "open")
+    runtime.call(ONE, 1, "open")
     (event,) = events_until(runtime, 1)
     assert isinstance(event, Returned)
 
 
 def test_a_killed_process_is_reported_once_and_calls_to_it_vanish(runtime) -> None:
     runtime.spawn(spec())
-    runtime.call(ONE, "open")
+    runtime.call(ONE, 1, "open")
     events_until(runtime, 1)
 
     runtime.kill(ONE)
     (event,) = events_until(runtime, 1)
     assert isinstance(event, Died)
     runtime.kill(ONE)
-    runtime.call(ONE, "open")
+    runtime.call(ONE, 1, "open")
 
     assert runtime.poll() == []
 
@@ -99,9 +100,9 @@ def test_a_killed_process_is_reported_once_and_calls_to_it_vanish(runtime) -> No
 def test_a_crash_is_noticed(ray_cluster) -> None:
     from cluster.runtime import RayRuntime
 
-    runtime = RayRuntime()
+    runtime = RayRuntime(SystemClock())
     runtime.spawn(spec(TWO))
-    runtime.call(TWO, "open")
+    runtime.call(TWO, 1, "open")
     (event,) = events_until(runtime, 1)
 
     os.kill(event.value[1], signal.SIGKILL)
@@ -115,7 +116,7 @@ def test_a_crash_is_noticed(ray_cluster) -> None:
 def test_a_body_that_cannot_be_built_is_a_death_with_the_reason(ray_cluster) -> None:
     from cluster.runtime import RayRuntime
 
-    runtime = RayRuntime()
+    runtime = RayRuntime(SystemClock())
     runtime.spawn(spec(body="tests.cluster.echo_body:UnbornBody", arguments=()))
 
     (event,) = events_until(runtime, 1)
@@ -127,11 +128,11 @@ def test_a_body_that_cannot_be_built_is_a_death_with_the_reason(ray_cluster) -> 
 def test_a_gang_of_ranks_gets_its_environment(ray_cluster) -> None:
     from cluster.runtime import RayRuntime
 
-    runtime = RayRuntime()
+    runtime = RayRuntime(SystemClock())
     ranks = [ProcessId(MemberId("gang", 1), rank) for rank in range(2)]
     for rank in ranks:
         runtime.spawn(spec(rank, gang=("gang.1", 2), environment={"OMP_NUM_THREADS": "3"}))
-        runtime.call(rank, "environment", "OMP_NUM_THREADS")
+        runtime.call(rank, 1, "environment", "OMP_NUM_THREADS")
 
     assert [e.value for e in events_until(runtime, 2)] == ["3", "3"]
     for rank in ranks:

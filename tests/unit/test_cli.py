@@ -13,12 +13,14 @@ from cluster.cli.main import app, run
 OPTIONS = {
     "serve": {
         "model", "config", "set", "gateways", "tensor-parallel", "expert-workers", "listen",
-        "ray-address",
+        "ray-address", "allow-chaos",
     },
     "demo": {"config", "set", "client"},
     "chat": {"server", "system", "thinking", "temperature", "max-tokens", "seed"},
     "generate": {"server", "temperature", "max-tokens", "seed"},
-    "status": {"server", "json"},
+    "status": {"server", "json", "watch"},
+    "scale": {"server"},
+    "drain": {"server"},
     "bench": {
         "server", "requests", "concurrency", "rate-per-s", "prompt-tokens", "output-tokens",
         "seed", "json",

@@ -1,10 +1,13 @@
 """The controller against a runtime without processes."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.control.controller import Controller, ControllerOptions, Desired
 from cluster.control.ports import ProcessId, ProcessSpec, Pulse
 from tests.fake_runtime import FakeClock, FakeRuntime, MemoryJournal
+from workers.errors import NotFoundError, RefusedError
 from workers.placement import MemberState, Placement, Role
 
 LAYERS, EXPERTS = 2, 6
@@ -17,8 +20,13 @@ def processes(role: Role, count: int):
 
 
 class Bench:
-    def __init__(self, workers=3, gateways=1, ranks=2, floor=1, journal=None) -> None:
-        self.runtime, self.clock = FakeRuntime(), FakeClock()
+    def __init__(
+        self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, slots=16, after=None
+    ) -> None:
+        self.runtime = after.runtime if after else FakeRuntime()
+        self.clock = after.clock if after else FakeClock()
+        if after:
+            journal = MemoryJournal(after.journal)
         self.journal = journal or MemoryJournal()
         self.controller = Controller(
             Desired(
@@ -27,8 +35,9 @@ class Bench:
                     Role.GATEWAY: gateways,
                     Role.FRONT_DOOR: 1,
                 },
-                num_slots=16,
+                num_slots=slots,
                 floor=floor,
+                standby=standby,
             ),
             Placement("w", LAYERS, EXPERTS),
             {
@@ -40,6 +49,7 @@ class Bench:
             journal=self.journal,
             clock=self.clock,
             options=ControllerOptions(),
+            resume=after is not None,
         )
 
     def ticks(self, count: int = 10) -> None:
@@ -50,6 +60,13 @@ class Bench:
     @property
     def view(self):
         return self.controller.view
+
+    def loads(self, process) -> list[dict]:
+        return [a[0] for p, m, a in self.runtime.calls if p == process and m == "load"]
+
+    def workers(self) -> dict[str, MemberState]:
+        members = self.view.with_role(Role.EXPERT_WORKER)
+        return {m.id.name: m.state for m in members}
 
 
 def test_a_cluster_forms_and_becomes_ready() -> None:
@@ -117,7 +134,9 @@ def test_a_dead_worker_leaves_the_view_at_once_and_a_new_incarnation_takes_its_e
     bench.ticks()
     (successor,) = bench.runtime.named("expert_worker-1")
     assert successor.member.incarnation > victim.member.incarnation
-    assert set(bench.view.placement.held_by(successor.member)) == set(lost)
+    share = LAYERS * EXPERTS // 3
+    assert len(bench.view.placement.held_by(successor.member)) >= share
+    assert bench.view.uncovered() == []
     assert bench.controller.status().ready
 
 
@@ -217,7 +236,7 @@ def test_a_superseded_controller_publishes_nothing_more() -> None:
     old = Bench(journal=journal)
     old.ticks()
     before = old.view
-    journal.claim_term()
+    MemoryJournal(journal).claim_term()
 
     old.runtime.die(old.runtime.named("expert_worker-0")[0])
     old.ticks()
@@ -233,3 +252,234 @@ def test_every_view_has_a_higher_version_than_the_one_before(workers: int) -> No
 
     orders = [v.order for v in bench.journal.views]
     assert orders == sorted(set(orders))
+
+
+def test_a_joining_worker_takes_its_share_and_nobody_is_asked_to_give_anything_up() -> None:
+    bench = Bench(workers=3)
+    bench.ticks()
+    before = bench.view.placement
+
+    assert bench.controller.scale(Role.EXPERT_WORKER, 4) == 3
+    bench.ticks()
+
+    (joined,) = bench.runtime.named("expert_worker-3")
+    assert len(bench.view.placement.held_by(joined.member)) == LAYERS * (EXPERTS // 4)
+    for expert, replicas in before.replicas.items():
+        assert set(replicas) <= set(bench.view.placement.of(expert.layer, expert.expert))
+    assert bench.controller.status().ready
+
+
+def test_a_leaving_worker_serves_until_what_it_alone_holds_is_loaded_elsewhere() -> None:
+    bench = Bench(workers=3)
+    bench.ticks()
+    start = len(bench.journal.views)
+    (leaver,) = bench.runtime.named("expert_worker-1")
+    others = bench.runtime.named("expert_worker-0") + bench.runtime.named("expert_worker-2")
+    bench.runtime.mute |= {(p, "load") for p in others}
+
+    assert bench.controller.drain("expert_worker-1") == leaver.member
+    bench.ticks(30)
+    assert bench.workers()["expert_worker-1"] is MemberState.ACTIVE
+    assert not [c for c in bench.runtime.calls if c[:2] == (leaver, "drain")]
+
+    bench.runtime.mute.clear()
+    for process in others:
+        bench.runtime.say(process, "load")
+    bench.ticks()
+
+    assert bench.workers() == dict.fromkeys(
+        ("expert_worker-0", "expert_worker-2"), MemberState.ACTIVE
+    )
+    assert bench.controller.status().ready
+    assert all(view.uncovered() == [] for view in bench.journal.views[start:])
+
+
+@pytest.mark.parametrize("floor", [1, 2])
+@pytest.mark.parametrize("path", [(4, 2, 5, 1), (1, 4, 3, 3, 1)])
+def test_the_crew_walks_up_and_down_with_every_expert_covered_at_each_view(floor, path) -> None:
+    bench = Bench(workers=3, floor=floor)
+    bench.ticks()
+    for count in path:
+        bench.controller.scale(Role.EXPERT_WORKER, count)
+        start = len(bench.journal.views)
+        bench.ticks(25)
+        assert len(bench.workers()) == count
+        assert bench.controller.status().reasons == ()
+        for view in bench.journal.views[start:]:
+            assert view.uncovered() == []
+        for replicas in bench.view.placement.replicas.values():
+            assert len({r.worker for r in replicas}) >= min(floor, count)
+
+
+def test_leaving_is_refused_when_the_rest_could_not_hold_every_expert() -> None:
+    bench = Bench(workers=3, slots=5)
+    bench.ticks()
+
+    with pytest.raises(RefusedError, match="2 expert workers of 5 slots cannot hold the 12"):
+        bench.controller.drain("expert_worker-1")
+    with pytest.raises(RefusedError, match="coverage would break"):
+        bench.controller.scale(Role.EXPERT_WORKER, 2)
+    with pytest.raises(RefusedError, match="at least 1"):
+        bench.controller.scale(Role.GATEWAY, 0)
+    with pytest.raises(NotFoundError, match="nobody-7"):
+        bench.controller.drain("nobody-7")
+
+    bench.ticks()
+    assert len(bench.workers()) == 3
+
+
+def test_a_standby_takes_the_place_of_a_dead_worker_without_a_start() -> None:
+    bench = Bench(workers=3, standby=1, floor=2)
+    bench.ticks()
+    (standby,) = bench.runtime.named("expert_worker-3")
+    assert bench.workers()["expert_worker-3"] is MemberState.WARM
+    assert bench.loads(standby) == []
+
+    bench.runtime.die(bench.runtime.named("expert_worker-0")[0])
+    bench.controller.tick()
+
+    assert bench.loads(standby)
+    bench.ticks()
+    assert bench.workers()["expert_worker-3"] is MemberState.ACTIVE
+    assert bench.workers()["expert_worker-0"] is MemberState.WARM  # the new standby
+    assert bench.controller.status().ready
+
+
+def test_what_nobody_holds_any_more_is_loaded_before_the_replacement_is_there() -> None:
+    bench = Bench(workers=3, floor=1)
+    bench.ticks()
+    (victim,) = bench.runtime.named("expert_worker-1")
+    bench.runtime.mute.add((ProcessId(replace(victim.member, incarnation=1_000_002)), "open"))
+
+    bench.runtime.die(victim)
+    bench.ticks(3)
+
+    assert bench.view.uncovered() == []
+    assert len([s for s in bench.workers().values() if s is MemberState.ACTIVE]) == 2
+
+
+def test_what_a_silent_worker_alone_holds_is_loaded_elsewhere_before_it_is_given_up() -> None:
+    bench = Bench(workers=3, floor=1)
+    bench.ticks()
+    (frozen,) = bench.runtime.named("expert_worker-1")
+    only = set(bench.view.placement.held_by(frozen.member))
+    bench.runtime.mute.add((frozen, "pulse"))
+
+    bench.ticks(20)
+    status = bench.controller.status()
+    assert any("silent" in reason for reason in status.reasons)
+    assert frozen in bench.runtime.specs
+    for expert in only:
+        assert len(bench.view.placement.of(expert.layer, expert.expert)) > 1
+
+    bench.ticks(60)
+    assert frozen not in bench.runtime.specs
+    assert bench.controller.status().ready
+
+
+def test_a_silent_worker_whose_experts_nobody_else_can_hold_is_kept() -> None:
+    bench = Bench(workers=3, floor=1, slots=4)
+    bench.ticks()
+    (frozen,) = bench.runtime.named("expert_worker-1")
+    bench.runtime.mute.add((frozen, "pulse"))
+
+    bench.ticks(100)
+
+    assert frozen in bench.runtime.specs
+    assert any("cannot hold" in reason for reason in bench.controller.status().reasons)
+
+
+def test_a_worker_on_a_draining_node_is_replaced_and_then_drained() -> None:
+    bench = Bench(workers=2, floor=1)
+    bench.ticks()
+    (leaver,) = bench.runtime.named("expert_worker-0")
+    start = len(bench.journal.views)
+
+    bench.runtime.leave(leaver)
+    bench.ticks(20)
+
+    assert leaver not in bench.runtime.specs
+    assert [c for c in bench.runtime.calls if c[:2] == (leaver, "drain")]
+    assert len(bench.workers()) == 2
+    assert all(view.uncovered() == [] for view in bench.journal.views[start:])
+
+
+def test_a_gateway_that_leaves_drains_while_another_serves() -> None:
+    bench = Bench(gateways=1)
+    bench.ticks()
+    bench.controller.scale(Role.GATEWAY, 2)
+    bench.ticks()
+    assert len(bench.view.with_role(Role.GATEWAY)) == 2
+
+    bench.controller.scale(Role.GATEWAY, 1)
+    bench.ticks()
+
+    assert [m.id.name for m in bench.view.with_role(Role.GATEWAY)] == ["gateway-0"]
+    drained = [p for p, m, _ in bench.runtime.calls if m == "drain"]
+    assert {p.member.name for p in drained} == {"gateway-1"}
+
+
+def test_a_new_controller_takes_over_all_that_serves_and_starts_nothing() -> None:
+    bench = Bench(workers=3, standby=1, floor=2)
+    bench.ticks()
+    bench.controller.scale(Role.EXPERT_WORKER, 4)
+    bench.ticks()
+    before, specs = bench.view, set(bench.runtime.specs)
+
+    successor = Bench(workers=3, standby=1, floor=2, after=bench)
+    successor.ticks()
+
+    assert set(successor.runtime.specs) == specs
+    assert successor.view.order > before.order
+    assert successor.view.members == before.members
+    assert successor.view.placement == before.placement
+    assert successor.controller.status().reasons == ()
+
+    bench.controller.tick()
+    assert bench.controller.superseded
+    assert bench.view == before
+
+
+def test_a_new_controller_hears_of_deaths_it_missed_and_of_starts_that_were_cut_short() -> None:
+    bench = Bench(workers=3)
+    bench.ticks()
+    bench.controller.scale(Role.EXPERT_WORKER, 4)
+    bench.controller.tick()
+    bench.controller.tick()
+    (half,) = bench.runtime.named("expert_worker-3")
+    dead = bench.runtime.named("expert_worker-0")[0]
+    bench.runtime.specs.pop(dead)
+
+    successor = Bench(workers=3, after=bench)
+    successor.ticks(20)
+
+    assert half in successor.runtime.killed or half in successor.runtime.specs
+    assert len(successor.workers()) == 4
+    assert (
+        successor.runtime.named("expert_worker-0")[0].member.incarnation > dead.member.incarnation
+    )
+    assert successor.controller.status().reasons == ()
+
+
+def test_calls_of_a_superseded_controller_are_refused_by_members() -> None:
+    bench = Bench(workers=2)
+    bench.ticks()
+    successor = Bench(workers=2, after=bench)
+    successor.ticks()
+    (process,) = bench.runtime.named("expert_worker-0")
+
+    bench.runtime.call(process, bench.view.term, "drain")
+
+    assert "superseded" in bench.runtime.poll()[-1].error
+
+
+def test_a_lost_journal_is_noticed_by_the_members_word() -> None:
+    bench = Bench(workers=2)
+    bench.ticks()
+    fresh = Bench(workers=2, after=bench)
+    fresh.ticks()
+    fresh.runtime.answers["pulse"] = lambda p: Pulse(ready=True, order=(40, 7))
+
+    fresh.ticks(3)
+
+    assert fresh.view.term > 40

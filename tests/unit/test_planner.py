@@ -52,7 +52,7 @@ def test_what_is_placed_stays_when_a_worker_is_lost() -> None:
     crew.pop(gone)
     crew[MemberId("w1", 2)] = 20
 
-    after = place(before, crew, floor=1, receiving={MemberId("w1", 2)})
+    after = place(before, crew, floor=1)
 
     for expert, replicas in before.replicas.items():
         if replicas[0].worker != gone:

@@ -1,0 +1,66 @@
+"""Which worker is told to load what at this moment: pure, from lives and the book of replicas."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from cluster.control.lifecycle import Life, Phase
+from cluster.control.planner import Load, Seat, plan_loads
+from cluster.control.replicas import ReplicaBook
+from workers.errors import PlacementError
+from workers.placement import MemberId
+
+_LIVE_BATCH = 16  # loads that a serving worker is given at once: urgent ones come between
+_URGENT_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Batches to begin now, how many loads are still to come, and what cannot be placed."""
+
+    batches: Mapping[MemberId, list[Load]] = field(default_factory=dict)
+    num_missing: int = 0
+    shortage: str = ""
+
+
+def assign(
+    book: ReplicaBook,
+    crew: Collection[Life],
+    *,
+    floor: int,
+    doubtful: Collection[MemberId],
+    rescue_only: bool,
+) -> Assignment:
+    """Plan the loads of the workers that hold experts or are to, and pick what can begin.
+
+    A worker in STANDBY is given all of its loads at once and serves when they are done, but only
+    the urgent ones where rows wait for them; one that serves gets a few at a time. `rescue_only`:
+    somebody is still coming who will take a share.
+    """
+    ready = [w for w in crew if w.phase in {Phase.STANDBY, Phase.LOAD, Phase.SERVE}]
+    if not ready:
+        return Assignment()
+    serving = any(w.phase is Phase.SERVE for w in ready)
+    try:
+        loads = plan_loads(
+            book.model,
+            {w.member.id: Seat(w.member.num_slots, w.member.node) for w in ready},
+            book.held(),
+            floor=floor,
+            fixed=book.loading,
+            doubtful=doubtful,
+            rescue_only=rescue_only,
+        )
+    except PlacementError as error:
+        return Assignment(shortage=str(error))
+    by_worker: dict[MemberId, list[Load]] = {}
+    for load in loads:
+        by_worker.setdefault(load.worker, []).append(load)
+    batches: dict[MemberId, list[Load]] = {}
+    for worker in ready:
+        mine = by_worker.get(worker.member.id, [])
+        urgent = [load for load in mine if load.urgent]
+        if worker.phase is Phase.STANDBY:
+            batches[worker.member.id] = urgent if urgent and serving else mine
+        elif mine and worker.phase is Phase.SERVE and worker.member.id not in book.loading:
+            batches[worker.member.id] = urgent[:_URGENT_BATCH] or mine[:_LIVE_BATCH]
+    return Assignment(batches, len(loads))

@@ -1,0 +1,49 @@
+"""Who to start, who to put to work and who to let go, so that as many serve as are wanted: pure."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from cluster.control.lifecycle import Life, Phase
+from workers.placement import MemberId, Role
+
+# Who is furthest is enlisted first, and dismissed last.
+_PROGRESS = (Phase.SERVE, Phase.LOAD, Phase.STANDBY, Phase.START, Phase.JOIN, Phase.OPEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """Names of members to start, standbys that are to hold experts, and members to let go."""
+
+    start: tuple[str, ...] = ()
+    enlist: tuple[MemberId, ...] = ()
+    dismiss: tuple[MemberId, ...] = ()
+
+
+def staff(role: Role, lives: Collection[Life], wanted: int, standby: int = 0) -> Orders:
+    """Compare the members of a role with how many are wanted, and `standby` more.
+
+    Members that are leaving do not count, but keep their names. Those beyond the number leave in
+    reverse order: standbys first, then the latest names.
+    """
+    mine = [life for life in lives if life.role is role]
+    staying = sorted((w for w in mine if not w.leaving), key=_seniority)
+    taken = {life.member.id.name for life in mine}
+    names = (name for i in range(len(mine) + wanted + standby) if (name := f"{role.value}-{i}"))
+    free = [name for name in names if name not in taken]
+    missing = max(wanted + standby - len(staying), 0)
+    enlisted = [w for w in staying if w.enlisted]
+    waiting = [w for w in staying if not w.enlisted]
+    vacancies = max(wanted - len(enlisted), 0)
+    surplus = enlisted[wanted:] or waiting[vacancies + standby :]
+    return Orders(
+        start=tuple(free[:missing]),
+        enlist=tuple(w.member.id for w in waiting[:vacancies]),
+        dismiss=tuple(w.member.id for w in surplus),
+    )
+
+
+def _seniority(life: Life) -> tuple[bool, int, int, MemberId]:
+    """Order members: who holds experts first, then who is furthest, then by name's number."""
+    progress = _PROGRESS.index(life.phase) if life.phase in _PROGRESS else len(_PROGRESS)
+    number = life.member.id.name.rpartition("-")[2]
+    return (not life.enlisted, progress, int(number) if number.isdigit() else 0, life.member.id)

@@ -1,0 +1,68 @@
+"""How the cluster stands, as operators see it; and what stalls."""
+
+from dataclasses import dataclass
+
+from cluster.control.ports import Pulse
+from workers.placement import Member, Role, View
+from workers.types import GatewayStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberStatus:
+    """One member as the controller last heard of it."""
+
+    member: Member
+    phase: str
+    pulses: tuple[Pulse, ...] = ()
+    silent_s: float = 0.0
+    suspect: bool = False
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStatus:
+    """The members of one role: how many are wanted, serve, and stand by."""
+
+    role: Role
+    wanted: int
+    serving: int
+    standby: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The cluster at one moment. `ready` says whether a request would be served now.
+
+    `rebalancing_s` is for how long some expert has lacked a wanted copy; 0 while none does.
+    """
+
+    view: View
+    members: tuple[MemberStatus, ...]
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    failure: str = ""
+    pools: tuple[PoolStatus, ...] = ()
+    controller: Member | None = None
+    rebalancing_s: float = 0.0
+    replicas_loading: int = 0
+    allows_chaos: bool = False
+
+
+class StepWatch:
+    """Notices a gateway that has sequences to run and does not step."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._steps = -1
+        self._moved_s = 0.0
+
+    def note(self, stats: GatewayStats, now_s: float) -> None:
+        """Take a gateway's latest word."""
+        if stats.steps != self._steps or not (stats.running or stats.waiting):
+            self._steps = stats.steps
+            self._moved_s = now_s
+
+    def stalled_s(self, now_s: float) -> float:
+        """Return for how long no token has moved, once that is too long; else 0."""
+        quiet_s = now_s - self._moved_s if self._steps >= 0 else 0.0
+        return quiet_s if quiet_s > self._stall_s else 0.0
