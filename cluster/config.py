@@ -59,6 +59,8 @@ class GatewaySection(ProcessSection):
     """Longest prompt and completion together; 0 takes the model's."""
     micro_batches: Annotated[int, Field(ge=0, le=2)] = 0
     """1 or 2; 0 takes 2 on GPUs with expert workers, else 1: shared cores overlap nothing."""
+    drain_s: Seconds = 600.0
+    """How long a gateway that leaves may take to finish its sequences."""
 
 
 class ExpertSection(ProcessSection):

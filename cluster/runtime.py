@@ -45,6 +45,9 @@ _ASK_AGAIN_S = 0.2
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
+log = logging.getLogger(__name__)
+
+
 class _Host:
     """The actor around a body, which is imported only in the process that runs it."""
 
@@ -88,7 +91,8 @@ class RayRuntime:
         self._lock = threading.Lock()
         self._nodes: dict[ProcessId, str] = {}
         self._draining: set[ProcessId] = set()
-        self._looked_s = 0.0
+        self._looked_s = clock.now_s()
+        self._looking = threading.Lock()
 
     def spawn(self, spec: ProcessSpec) -> None:
         """Start an actor named after the process; its death comes as `Died`."""
@@ -133,7 +137,8 @@ class RayRuntime:
 
     def poll(self) -> Sequence[RuntimeEvent]:
         """Return what has happened since the last poll."""
-        return [*self._heard(), *self._on_draining_nodes()]
+        self._look_at_nodes()
+        return list(self._heard())
 
     def kill(self, process: ProcessId) -> None:
         """End an actor's process at once."""
@@ -141,17 +146,25 @@ class RayRuntime:
         if known is not None and known.alive:
             ray.kill(known.actor, no_restart=True)
 
-    def _on_draining_nodes(self) -> Iterator[RuntimeEvent]:
-        """Yield, once each, the processes whose nodes Ray is about to take away."""
-        now_s = self._clock.now_s()
-        if now_s - self._looked_s < _LOOK_AT_NODES_S:
+    def _look_at_nodes(self) -> None:
+        """Begin to ask Ray which nodes it is about to take away; a GCS that is away takes long."""
+        if self._clock.now_s() - self._looked_s < _LOOK_AT_NODES_S or self._looking.locked():
             return
-        self._looked_s = now_s
-        draining = draining_nodes()
-        for process, node in self._nodes.items():
-            if node in draining and process not in self._draining:
-                self._draining.add(process)
-                yield Leaving(process, f"node {node} is draining")
+        self._looked_s = self._clock.now_s()
+        threading.Thread(target=self._find_leaving, name="nodes", daemon=True).start()
+
+    def _find_leaving(self) -> None:
+        """Report, once each, the processes on nodes that are about to go."""
+        with self._looking:
+            try:
+                draining = draining_nodes()
+            except (ray.exceptions.RaySystemError, ray.exceptions.RpcError) as error:
+                log.warning("Ray does not say which nodes drain: %s", error)
+                return
+            for process, node in list(self._nodes.items()):
+                if node in draining and process not in self._draining:
+                    self._draining.add(process)
+                    self._events.put(Leaving(process, f"node {node} is draining"))
 
     def _heard(self) -> Iterator[RuntimeEvent]:
         with contextlib.suppress(queue.Empty):

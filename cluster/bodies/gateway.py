@@ -23,6 +23,7 @@ class GatewayBody(Process):
     ) -> None:
         super().__init__(Role.GATEWAY, member, config.telemetry)
         self._rank = rank
+        self._drain_s = config.gateways.drain_s
         self._host = host or node_address()
         self._worker = GatewayWorker(
             GatewaySpec(
@@ -76,9 +77,9 @@ class GatewayBody(Process):
             stats=self._worker.stats() if self._rank == 0 else None,
         )
 
-    def drain(self, deadline_s: float = 30.0) -> bool:
+    def drain(self) -> bool:
         """Finish the running sequences, then close."""
-        idle = self._worker.drain(deadline_s) if self._rank == 0 else True
+        idle = self._worker.drain(self._drain_s)
         if self._endpoint is not None:
             self._loop.run(self._endpoint.close(), timeout_s=10.0)
         self._worker.close()

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
-from cluster.serving import serving
+from cluster.serving import RunningCluster, serving
 from workers.clock import SystemClock
+from workers.errors import UnavailableError
 
 _WATCH_S = 1.0
 
@@ -55,12 +56,24 @@ def serve_command(config: ClusterConfig, ray_address: str | None) -> None:
             console.print(f"logs in {cluster.log_directory}", style="dim", highlight=False)
             sys.stdout.write(f"ready {cluster.endpoint}\n")
             sys.stdout.flush()
+            said = ""
             while True:
                 signals.wait(_WATCH_S)
-                if failure := cluster.status().failure:
-                    console.print(f"the cluster has a problem: {failure}", style="red")
+                problem = _problem(cluster)
+                if problem != said:
+                    said = problem
+                    console.print(problem or "all is well again", style="dim", highlight=False)
     except Stop:
         console.print("drained and ended", style="dim")
+
+
+def _problem(cluster: RunningCluster) -> str:
+    """Say what is wrong; requests run on while the controller is away."""
+    try:
+        status = cluster.status()
+    except UnavailableError as error:
+        return f"requests are served, but nothing else changes: {error}"
+    return f"not as it should be: {'; '.join(status.reasons)}" if status.reasons else ""
 
 
 class Progress:

@@ -30,6 +30,7 @@ class DirectoryJournal:
                 os.close(os.open(self._directory / f"term-{term:012d}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue  # another controller was faster: try the term after its
+            self._sync_directory()
             self._term = term
             return term
 
@@ -52,6 +53,7 @@ class DirectoryJournal:
             file.flush()
             os.fsync(file.fileno())
         beside.rename(path)
+        self._sync_directory()
         for old in sorted(self._directory.glob("view-*[0-9]"))[:-_KEPT_VIEWS]:
             old.unlink(missing_ok=True)
 
@@ -63,6 +65,14 @@ class DirectoryJournal:
         record = pickle.loads(paths[-1].read_bytes())  # noqa: S301 - our own directory
         assert isinstance(record, Record)
         return record
+
+    def _sync_directory(self) -> None:
+        """Make names durable, which a file's own sync does not."""
+        directory = os.open(self._directory, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
     def _highest_term(self) -> int:
         terms = [int(p.name.removeprefix("term-")) for p in self._directory.glob("term-*")]

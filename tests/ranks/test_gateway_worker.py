@@ -85,17 +85,21 @@ def test_bit_stable_tokens_are_exact_also_under_preemption():
     assert not any(report.mismatches for report in reports)
 
 
-def test_draining_finishes_what_runs_and_refuses_the_rest():
-    gateway = Gateway(1, options_for())
+@pytest.mark.parametrize("size", [1, 2])
+def test_draining_finishes_what_runs_and_refuses_the_rest(size):
+    gateway = Gateway(size, options_for())
     gateway.start()
     first, second = mixed_requests(2, longest=30)
     try:
         gateway.ranks[0]("begin", first)
-        assert gateway.ranks[0]("call", "drain", 60.0)
+        for rank in gateway.ranks:
+            rank.send("call", "drain", 60.0)
+        assert gateway.ranks[0].result()
         assert blocks_used(gateway.ranks[0]("call", "stats")) == (0, 0, 0, 0)
         with pytest.raises(AssertionError, match=DrainingError.__name__):
             gateway.ranks[0]("begin", second)
         gateway.ranks[0]("call", "close")
+        assert all(rank.result() for rank in gateway.ranks[1:])
     finally:
         gateway.close()
 

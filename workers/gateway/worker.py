@@ -225,7 +225,13 @@ class GatewayWorker:
             self._changed.wait_for(self._is_wanted, IDLE_S)
 
     def drain(self, deadline_s: float) -> bool:
-        """Refuse new requests and wait for the running ones; return whether all have ended."""
+        """Refuse new requests and wait for the running ones; return whether all have ended.
+
+        Ranks that follow wait for the leader's last step, which it takes when it closes.
+        """
+        if self._spec.rank and self._thread is not None:
+            self._thread.join(deadline_s)
+            return not self._thread.is_alive()
         with self._changed:
             self._draining = True
             self._changed.wait_for(self._is_drained, deadline_s)
