@@ -51,6 +51,25 @@ accept-disconnect: ## Let clients vanish 1,000 times; writes reports/disconnect.
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.disconnect --json reports/disconnect.json
 
+accept-chaos: ## Kill, freeze, add and drain workers 550 times under load; writes reports/chaos-*.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos faults --json reports/chaos-1.json --plot reports/chaos-1.svg
+	@$(BIN)/python -m tests.accept.chaos faults --gateways 2 --json reports/chaos-2.json
+
+accept-walk: ## Walk gateways x workers up and down under load; writes reports/walk.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos walk --json reports/walk.json
+
+accept-last-copy: ## Kill the last copies of experts under load; writes reports/last-copy-*.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos last-copy --json reports/last-copy-2.json
+	@$(BIN)/python -m tests.accept.chaos last-copy --floor 1 --standby 0 --count 300 \
+		--json reports/last-copy-1.json
+
+accept-controller: ## Kill the controller 50 times under load; writes reports/controller.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos controller --json reports/controller.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -69,4 +88,5 @@ export TORCH_INDEX
 
 .NOTPARALLEL:
 .PHONY: demo test test-unit test-full test-gpu lint format pb bench \
-	accept-demo accept-parity accept-disconnect accept-bench clean help
+	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
+	accept-last-copy accept-controller clean help

@@ -180,6 +180,50 @@ def bench(
 
 
 @app.command()
+def chaos(
+    *,
+    server: Server = _DEFAULT_SERVER,
+    model: Model = None,
+    kills: Annotated[int, typer.Option(help="SIGKILL of an expert worker.")] = 10,
+    double_kills: Annotated[int, typer.Option(help="SIGKILL of two at once.")] = 0,
+    freezes: Annotated[int, typer.Option(help="SIGSTOP of one for 0.5 to 5 s.")] = 3,
+    joins: Annotated[int, typer.Option(help="One worker more.")] = 3,
+    drains: Annotated[int, typer.Option(help="One worker less.")] = 3,
+    controller_kills: Annotated[int, typer.Option(help="SIGKILL of the controller.")] = 0,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of requests, moments and victims.")] = 0,
+    bit_stable: Annotated[
+        bool, typer.Option("--bit-stable", help="The cluster runs so: explain no mismatch.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the report there as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the stalls there (png, svg).")] = None,
+) -> None:
+    """Harm a running cluster under load, and check that no client could tell.
+
+    Refused unless the cluster was started with --allow-chaos. With --model every token is checked
+    against the same weights in one process.
+    """
+    from cluster.chaos.faults import Fault
+    from cluster.chaos.run import ChaosOptions
+    from cluster.cli.chaos import chaos_command
+    from cluster.serving import model_directory
+
+    counts = {
+        Fault.KILL: kills, Fault.KILL_TWO: double_kills, Fault.FREEZE: freezes, Fault.JOIN: joins,
+        Fault.DRAIN: drains, Fault.KILL_CONTROLLER: controller_kills,
+    }  # fmt: skip
+    given = _configuration(None, None, {"model.path": model})
+    chaos_command(
+        server,
+        ChaosOptions(counts=counts, concurrency=concurrency, seed=seed),
+        model_dir=model_directory(given) if model else None,
+        bit_stable=bit_stable,
+        report_path=json,
+        plot_path=plot,
+    )
+
+
+@app.command()
 def check(
     *,
     model: Model = None,

@@ -25,6 +25,10 @@ OPTIONS = {
         "server", "requests", "concurrency", "rate-per-s", "prompt-tokens", "output-tokens",
         "seed", "json",
     },
+    "chaos": {
+        "server", "model", "kills", "double-kills", "freezes", "joins", "drains",
+        "controller-kills", "concurrency", "seed", "bit-stable", "json", "plot",
+    },
     "check": {"model", "config", "set", "parity"},
 }  # fmt: skip
 

@@ -1,0 +1,165 @@
+"""One run: the load, the faults, and the report of what clients saw."""
+
+import asyncio
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from cluster.chaos.faults import Done, Fault, Saboteur, draw_faults
+from cluster.chaos.history import Answer, problems_of
+from cluster.chaos.load import Load
+from cluster.chaos.stalls import percentile, stalls_by_kind
+from cluster.chaos.verdict import replays
+from cluster.pb.expertmesh.v1 import inference_pb2 as pb
+from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
+from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from workers.clock import Clock
+from workers.errors import RefusedError, UnavailableError
+
+_WARM_UP_S = 3.0
+_SHOWN = 20
+
+Script = Callable[[Saboteur], Any]  # a coroutine function that harms the cluster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosOptions:
+    """What is done to a cluster, and under which load."""
+
+    counts: dict[Fault, int]
+    concurrency: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What clients saw, and what was done meanwhile."""
+
+    answers: list[Answer]
+    done: list[Done]
+
+
+async def run_chaos(
+    server: str, options: ChaosOptions, *, clock: Clock, progress: Callable[[Done], None]
+) -> Run:
+    """Run the load, do the faults, let the last requests finish.
+
+    Raises RefusedError when the cluster was not started with --allow-chaos, and UnavailableError
+    when it is not whole again after a fault.
+    """
+    faults = draw_faults(options.counts, options.seed)
+    return await run_script(
+        server, options, lambda saboteur: saboteur.run(faults), clock=clock, progress=progress
+    )
+
+
+async def run_script(
+    server: str,
+    options: ChaosOptions,
+    script: Script,
+    *,
+    clock: Clock,
+    progress: Callable[[Done], None] = lambda _done: None,
+) -> Run:
+    """Run the load beside a script of faults; see `run_chaos`."""
+    async with grpc.aio.insecure_channel(server) as channel:
+        inference = InferenceServiceStub(channel)
+        saboteur = Saboteur(
+            ClusterServiceStub(channel), seed=options.seed, clock=clock, progress=progress
+        )
+        status = await saboteur.status()
+        if status is None:
+            raise UnavailableError(f"{server} has no controller that answers")
+        if not status.allows_chaos:
+            raise RefusedError(
+                f"the cluster at {server} does not allow chaos: start it with --allow-chaos, "
+                "and never where somebody's requests run"
+            )
+        models = await inference.ListModels(pb.ListModelsRequest(), timeout=10)
+        load = Load(
+            inference,
+            concurrency=options.concurrency,
+            seed=options.seed,
+            vocabulary_size=models.models[0].vocabulary_size,
+            clock=clock,
+        )
+        running = asyncio.create_task(load.run())
+        try:
+            await asyncio.sleep(_WARM_UP_S)
+            await script(saboteur)
+            await asyncio.sleep(_WARM_UP_S)
+        finally:
+            load.stop()
+            await running
+        return Run(load.answers, saboteur.done)
+
+
+def report_of(
+    run: Run, options: ChaosOptions, model_dir: Path | None, *, bit_stable: bool = False
+) -> dict[str, Any]:
+    """Judge a run; `passed` says whether no client could tell that anything happened.
+
+    Without `model_dir` tokens are not replayed, and the report says so.
+    """
+    problems = problems_of(run.answers)
+    report: dict[str, Any] = {
+        "machine": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "seed": options.seed,
+        "concurrency": options.concurrency,
+        "faults": dict(Counter(done.window.kind for done in run.done)),
+        "requests": len(run.answers),
+        "sequences": sum(a.ask.num_sequences for a in run.answers),
+        "tokens": sum(len(a.token_ids(s)) for a in run.answers for s in a.arrivals),
+        "problems": {name: list(found)[:_SHOWN] for name, found in asdict(problems).items()},
+        "num_problems": problems.count,
+        "stalls_ms": {s.kind: _summary(s.sequences_s) for s in _stalls(run)},
+        "worst_stall_of_a_fault_ms": {s.kind: _summary(s.worst_s) for s in _stalls(run)},
+        "whole_after_s": _whole_after(run.done),
+    }
+    wrong = explained = replayed = 0
+    if model_dir is not None:
+        for verdict in replays(model_dir, run.answers, bit_stable=bit_stable):
+            replayed += 1
+            explained += sum(m.is_explained for m in verdict.mismatches)
+            wrong += not verdict.is_right
+    report["replay"] = {
+        "sequences": replayed, "wrong": wrong, "explained_mismatches": explained,
+        "bit_stable": bit_stable,
+    }  # fmt: skip
+    report["passed"] = not problems.count and not wrong and bool(replayed or model_dir is None)
+    return report
+
+
+def _stalls(run: Run) -> Sequence[Any]:
+    return stalls_by_kind(run.answers, [done.window for done in run.done])
+
+
+def _summary(ordered_s: Sequence[float]) -> dict[str, float]:
+    return {
+        "count": len(ordered_s),
+        "p50": 1000 * percentile(ordered_s, 50),
+        "p99": 1000 * percentile(ordered_s, 99),
+        "max": 1000 * percentile(ordered_s, 100),
+    }
+
+
+def _whole_after(done: Sequence[Done]) -> dict[str, dict[str, float]]:
+    """Return, for each kind, how long the cluster took to be whole again, in seconds."""
+    kinds = dict.fromkeys(d.window.kind for d in done)
+    ordered = {k: sorted(d.whole_after_s for d in done if d.window.kind == k) for k in kinds}
+    return {
+        kind: {"p50": percentile(values, 50), "max": percentile(values, 100)}
+        for kind, values in ordered.items()
+    }

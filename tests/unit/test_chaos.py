@@ -1,0 +1,109 @@
+"""Judging a history: lost, refused, short, out of order, and how long a fault held clients up."""
+
+import pytest
+
+from cluster.chaos.faults import Fault, draw_faults
+from cluster.chaos.history import Answer, Arrival, Ask, problems_of
+from cluster.chaos.load import draw_ask
+from cluster.chaos.plot import plot_stalls
+from cluster.chaos.run import Run
+from cluster.chaos.stalls import NOTHING, Window, percentile, stalls_by_kind
+
+ASK = Ask(
+    number=3, prompt_token_ids=(1,), max_tokens=4, temperature=0.0, top_p=1.0, seed=1,
+    num_sequences=1,
+)  # fmt: skip
+
+
+def answer(times=(1.0, 1.1, 1.2, 1.3), *, first=None, finish="LENGTH", error="") -> Answer:
+    first = range(len(times)) if first is None else first
+    arrivals = [Arrival(t, i, (7,)) for t, i in zip(times, first, strict=True)]
+    return Answer(ASK, 0.5, {0: arrivals} if arrivals else {}, {0: finish} if finish else {}, error)
+
+
+def test_a_whole_answer_has_no_problem() -> None:
+    assert problems_of([answer()]).count == 0
+
+
+@pytest.mark.parametrize(
+    ("harmed", "kind"),
+    [
+        (answer(error="INTERNAL: gone", finish=""), "lost"),
+        (answer((), error="INTERNAL: gone", finish=""), "lost"),
+        (answer((), error="RESOURCE_EXHAUSTED: full", finish=""), "refused"),
+        (answer(error="UNAVAILABLE: no gateway", finish=""), "lost"),
+        (answer(first=(0, 1, 3, 4)), "out_of_order"),
+        (answer(first=(0, 1, 1, 2)), "out_of_order"),
+        (answer((1.0, 1.1)), "short"),
+        (answer(finish="STOP"), "short"),
+        (answer((), finish=""), "short"),
+    ],
+)
+def test_each_harm_is_named(harmed: Answer, kind: str) -> None:
+    found = problems_of([answer(), harmed])
+
+    assert len(getattr(found, kind)) >= 1
+    assert "request 3" in getattr(found, kind)[0]
+
+
+def test_a_stall_is_the_longest_gap_in_the_window_less_the_normal_one() -> None:
+    times = [i / 10 for i in range(10)] + [1.5 + i / 10 for i in range(10)]
+
+    (stalls,) = stalls_by_kind([answer(times)], [Window("kill", 1.0, 1.2)])
+
+    assert stalls.kind == "kill"
+    assert stalls.sequences_s == pytest.approx((0.5,))
+    assert stalls.worst_s == pytest.approx((0.5,))
+
+
+def test_a_sequence_that_did_not_run_then_has_no_stall() -> None:
+    (stalls,) = stalls_by_kind([answer()], [Window("kill", 5.0, 6.0)])
+
+    assert stalls.sequences_s == ()
+
+
+def test_quiet_time_between_faults_is_measured_in_windows_of_the_same_length() -> None:
+    times = [i / 10 for i in range(100)]
+    windows = [Window("kill", 1.0, 2.0), Window("kill", 5.5, 6.5)]
+
+    quiet = next(s for s in stalls_by_kind([answer(times)], windows) if s.kind == NOTHING)
+
+    assert len(quiet.worst_s) == 3
+    assert max(quiet.worst_s) < 0.01
+
+
+def test_percentiles_are_by_nearest_rank() -> None:
+    values = [float(v) for v in range(1, 101)]
+
+    assert [percentile(values, p) for p in (50, 99, 100)] == [50.0, 99.0, 100.0]
+    assert percentile([], 50) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_worker_is_drained_that_has_not_joined(seed: int) -> None:
+    counts = {Fault.JOIN: 5, Fault.DRAIN: 5, Fault.KILL: 7}
+    faults = draw_faults(counts, seed)
+
+    assert {kind: faults.count(kind) for kind in counts} == counts
+    joined = 0
+    for fault in faults:
+        joined += {Fault.JOIN: 1, Fault.DRAIN: -1}.get(fault, 0)
+        assert joined >= 0
+
+
+def test_the_load_is_the_seeds() -> None:
+    asks = [draw_ask(5, n, 1000) for n in range(40)]
+
+    assert asks == [draw_ask(5, n, 1000) for n in range(40)]
+    assert {a.temperature == 0 for a in asks} == {True, False}
+    assert len({a.max_tokens for a in asks}) > 2
+    assert {a.num_sequences for a in asks} == {1, 2}
+
+
+def test_the_plot_is_a_picture(tmp_path) -> None:
+    from cluster.chaos.faults import Done
+
+    run = Run([answer([i / 10 for i in range(30)])], [Done(Window("kill", 1.0, 2.0), ("w",), 0.5)])
+    plot_stalls(run, tmp_path / "stalls.svg")
+
+    assert "<svg" in (tmp_path / "stalls.svg").read_text()
