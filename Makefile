@@ -8,7 +8,7 @@ demo: ## Start every role on this machine, ask the shipped model a question and 
 test: ## Run the tests: unit, ranks, conformance, and samples of the long matrix on a real cluster
 	@tools/bootstrap.sh dev
 	@$(PYTEST) -n 2 tests/unit
-	@$(PYTEST) -m "not gpu and not full" --durations=10 tests/conformance tests/ranks tests/cluster
+	@$(PYTEST) -m "not gpu and not full" --durations=10 tests/conformance tests/ranks tests/cluster tests/chaos
 
 test-unit: ## Run the unit tests only: no process, no socket
 	@tools/bootstrap.sh dev
@@ -56,6 +56,10 @@ accept-chaos: ## Kill, freeze, add and drain workers 550 times under load; write
 	@$(BIN)/python -m tests.accept.chaos faults --json reports/chaos-1.json --plot reports/chaos-1.svg
 	@$(BIN)/python -m tests.accept.chaos faults --gateways 2 --json reports/chaos-2.json
 
+accept-fault-lab: ## Simulate 100,000 seeds and find every mutation; writes reports/fault-lab.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.fault_lab --json reports/fault-lab.json
+
 accept-walk: ## Walk gateways x workers up and down under load; writes reports/walk.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.chaos walk --json reports/walk.json
@@ -89,4 +93,4 @@ export TORCH_INDEX
 .NOTPARALLEL:
 .PHONY: demo test test-unit test-full test-gpu lint format pb bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
-	accept-last-copy accept-controller clean help
+	accept-last-copy accept-controller accept-fault-lab clean help

@@ -60,10 +60,9 @@ def plan_loads(
     Raises:
         PlacementError: The slots do not suffice for one copy of every expert.
     """
-    board = _Board(model, seats, held, fixed or {})
+    board = _Board(model, seats, held, fixed or {}, doubtful)
     for expert in board.experts():
-        sound = [w for w in board.holders[expert] if w not in doubtful]
-        if not sound and not board.add(expert, least_copies=1, urgent=True):
+        if not board.num_sound(expert) and not board.add(expert, least_copies=1, urgent=True):
             raise PlacementError(
                 f"{sum(s.num_slots for s in seats.values())} slots on {len(seats)} expert workers "
                 f"cannot hold the {model.num_layers * model.num_experts} experts of "
@@ -125,8 +124,10 @@ class _Board:
         seats: Mapping[MemberId, Seat],
         held: Mapping[MemberId, Slots],
         fixed: Mapping[MemberId, Slots],
+        doubtful: Collection[MemberId],
     ) -> None:
         self._model = model
+        self._doubtful = doubtful
         self._seats = seats
         self._fixed = {w: set(slots.values()) for w, slots in fixed.items()}
         self._slot_of = {w: dict(held.get(w, {})) for w in seats}
@@ -152,6 +153,10 @@ class _Board:
         for layer in range(self._model.num_layers):
             for expert in range(self._model.num_experts):
                 yield ExpertId(layer, expert)
+
+    def num_sound(self, expert: ExpertId) -> int:
+        """Return how many copies of an expert are beyond doubt."""
+        return sum(worker not in self._doubtful for worker in self.holders[expert])
 
     def add(self, expert: ExpertId, *, least_copies: int, urgent: bool = False) -> bool:
         """Give an expert one more copy, on the most fitting worker that can take it.
@@ -219,12 +224,17 @@ class _Board:
         return True
 
     def _vacated(self, worker: MemberId, least_copies: int) -> int | None:
-        """Take a replica that others hold often enough off a worker; from its fullest layer."""
+        """Take a replica that others hold often enough off a worker; from its fullest layer.
+
+        Never one that is under way, or was only just planned: a slot gets one expert at a time.
+        """
         fixed = self._fixed.get(worker, set())
         spare = [
             expert
             for expert, slot in self._slot_of[worker].items()
-            if len(self.holders[expert]) > least_copies and slot not in fixed
+            if self.num_sound(expert) - (worker not in self._doubtful) >= least_copies
+            and slot not in fixed
+            and (worker, expert) not in self._planned
         ]
         if not spare:
             return None

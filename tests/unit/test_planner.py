@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.control.planner import place, slots_needed
+from cluster.control.planner import Seat, place, plan_loads, slots_needed
 from workers.errors import PlacementError
 from workers.placement import ExpertId, MemberId, Placement
 
@@ -79,3 +79,39 @@ def test_uncovered_names_the_experts_without_a_serving_replica() -> None:
     lost = placement.uncovered([MemberId("w0", 1)])
 
     assert lost == [ExpertId(0, 1), ExpertId(0, 3)]
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.data())
+def test_a_plan_never_takes_a_copy_that_is_needed_nor_a_slot_twice(data) -> None:
+    layers, experts, floor = (data.draw(st.integers(1, n)) for n in (3, 8, 3))
+    count = data.draw(st.integers(1, 5))
+    slots = data.draw(st.integers(1, layers * experts + 2))
+    crew = [MemberId(f"w{i}", 1) for i in range(count)]
+    every = [ExpertId(layer, e) for layer in range(layers) for e in range(experts)]
+    held = {}
+    for worker in crew:
+        chosen = data.draw(st.lists(st.sampled_from(every), unique=True, max_size=slots))
+        held[worker] = {expert: slot for slot, expert in enumerate(chosen)}
+    doubtful = data.draw(st.sets(st.sampled_from(crew), max_size=count - 1))
+    seats = {w: Seat(slots, data.draw(st.sampled_from(["a", "b"]))) for w in crew}
+
+    def sound(expert, holdings):
+        return {w for w in crew if w not in doubtful and expert in holdings[w]}
+
+    try:
+        loads = plan_loads(empty(layers, experts), seats, held, floor=floor, doubtful=doubtful)
+    except PlacementError:
+        return
+    after = {worker: dict(slots) for worker, slots in held.items()}
+    places = [(load.worker, load.slot) for load in loads]
+    assert len(places) == len(set(places))
+    for load in loads:
+        assert load.slot < slots
+        mine = {e: s for e, s in after[load.worker].items() if s != load.slot}
+        assert load.expert not in mine
+        after[load.worker] = {**mine, load.expert: load.slot}
+    for expert in every:
+        before, now = sound(expert, held), {w for w in crew if expert in after[w]}
+        assert now
+        assert len(sound(expert, after)) >= min(len(before), 1)

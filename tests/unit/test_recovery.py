@@ -122,6 +122,21 @@ def test_a_reply_of_somebody_else_or_of_too_much_is_dropped(wrong):
     assert lab.answer(attempt)
 
 
+@pytest.mark.parametrize("ends", ["the link breaks", "a reply without any sum"])
+def test_a_call_may_be_sent_again_any_number_of_times(ends):
+    lab = Lab([[1, 2], [3, 4]])
+    for _ in range(3000):
+        attempt = lab.send(lab.need(), W[0])
+        if ends == "the link breaks":
+            lab.call.give_up(attempt)
+        else:
+            assert lab.answer(attempt, [0, 0]) is attempt
+        assert not lab.call.outstanding
+    assert lab.answer(lab.send(lab.need(), W[1]))
+    assert lab.call.complete
+    assert lab.winners() == ["reply to 3001"]
+
+
 def test_what_was_on_a_broken_link_is_waiting_again_and_its_reply_is_late():
     lab = Lab([[1], [2]])
     attempt = lab.send(lab.need(), W[0])

@@ -10,6 +10,7 @@ Shape legend: T rows of a layer, D hidden, K experts a row.
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,10 @@ log = logging.getLogger(__name__)
 
 
 class LinkDispatcher:
-    """A `Dispatcher` over links to the expert workers of the newest View that it was given."""
+    """A `Dispatcher` over links to the expert workers of the newest View that it was given.
+
+    `inbox` and `open_links` are what waits and what has threads: a simulation brings its own.
+    """
 
     def __init__(
         self,
@@ -49,6 +53,8 @@ class LinkDispatcher:
         options: DispatchOptions,
         host: str,
         clock: Clock,
+        inbox: Inbox | None = None,
+        open_links: Callable[..., LinkSet] = LinkSet,
     ) -> None:
         self._options = options
         self._clock = clock
@@ -58,14 +64,14 @@ class LinkDispatcher:
         self._roster = Roster(rows_per_call=rows_per_call, stale_retry_s=options.stale_retry_s)
         self._changed = threading.Condition()  # guards Peer.open, and tells of its changes
         self._adopting = threading.Lock()
-        self._inbox = Inbox()
+        self._inbox = inbox or Inbox()
         self._closed = False
         self._num_calls = 0
         self._budget = HedgeBudget(options.hedge_share)
         self._counters = dict.fromkeys(("hedges", "stale_answers", "late_replies", "suspicions"), 0)
         self._wait_s = 0.0
         self._parked_s = 0.0
-        self._links = LinkSet(
+        self._links = open_links(
             member, rank, shape=shape, options=options, host=host, clock=clock, user=self
         )
         self._outbox = Outbox(self._roster, self._links, options, clock)
@@ -208,7 +214,7 @@ class LinkDispatcher:
             peer.suspect, peer.draining = False, draining
             self._roster.changed()
         staged = StagedReply(opened, header.buffer, frame, header.num_rows)
-        call = self._outbox.claim(header.message_id)
+        call = self._outbox.claim(header.message_id) if self._is_current(peer, opened) else None
         attempt = call.state.outstanding.get(header.message_id) if call is not None else None
         if call is None or attempt is None:
             self._counters["late_replies"] += 1
@@ -228,12 +234,17 @@ class LinkDispatcher:
             return
         peer.times.record(len(attempt.pairs.masks_R), at_s - attempt.sent_s)
         if header.kind == Kind.STALE:
-            left = attempt.groups[-1].waiting
-            assert left is not None
+            left = attempt.pairs.only(attempt.pairs.masks_R & ~summed_R)
             experts = np.unique(left.ids_RK[left.ids_RK >= 0]).tolist()
             self._counters["stale_answers"] += 1
             self._roster.stale(peer.worker, call.state.layer, experts, at_s)
             self._inbox.has_news = True  # there is something to send again
+        if attempt.payload is not staged:
+            staged.release()
+
+    def _is_current(self, peer: Peer, opened: OpenLink) -> bool:
+        """Whether a link is the worker's open one; of any other no reply is used."""
+        return peer.open is opened
 
     def _overdue(self, call: OpenCall, attempt: Attempt, now_s: float) -> None:
         """A deadline passed: the worker is suspect; hedge if that can help."""

@@ -147,7 +147,7 @@ class LayerCall:
 
         Accepted iff the attempt is outstanding on this incarnation of the link, its pairs are not
         covered otherwise, and the reply sums nothing that was not asked for. What it left out is
-        waiting afterwards.
+        waiting afterwards; the payload of a reply that sums nothing is not kept.
         """
         attempt = self.outstanding.get(message_id)
         if attempt is None or attempt.worker != worker or attempt.incarnation != incarnation:
@@ -156,6 +156,9 @@ class LayerCall:
         whole = summed_R.tobytes() == asked_R.tobytes()  # on few rows the quickest comparison
         if self.complete or not attempt.needed or (not whole and (summed_R & ~asked_R).any()):
             return None
+        if not summed_R.any():
+            self.give_up(attempt)  # it holds none of what was asked for
+            return attempt
         del self.outstanding[message_id]
         attempt.answered = True
         attempt.payload = payload
@@ -188,6 +191,13 @@ class LayerCall:
         assert group is not None
         if group.parent is not None and not group.parent.answered and not group.parent.lost:
             group.dropped = True  # a hedge that failed: its original is still awaited
+        elif group.waiting is None:  # as if never sent: else a long wait would nest ever deeper
+            group.attempts.remove(attempt)
+            group.num_open -= 1
+            group.waiting, group.number = attempt.pairs, attempt.number + 1
+            self.disturbed = True
+            if group not in self._unplanned:
+                self._unplanned.append(group)
         else:
             self._add_group(attempt, attempt.pairs)
 

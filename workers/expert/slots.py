@@ -31,12 +31,23 @@ class Lease(NamedTuple):
 
 
 class SlotTable:
-    """The map from expert to slot of one worker. Any thread may call anything."""
+    """The map from expert to slot of one worker. Any thread may call anything.
 
-    def __init__(self, *, num_slots: int, num_layers: int, num_experts: int, clock: Clock) -> None:
+    `changed` is what waits for leases to come back: a simulation brings its own.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        num_layers: int,
+        num_experts: int,
+        clock: Clock,
+        changed: threading.Condition | None = None,
+    ) -> None:
         self.num_slots = num_slots
         self._clock = clock
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = changed or threading.Condition(threading.Lock())
         self._slots_LF = np.full((num_layers, num_experts + 1), NO_SLOT, dtype=np.int64)
         self._expert_of: dict[int, ExpertId] = {}
         self._leases: set[int] = set()
