@@ -9,8 +9,9 @@ from pathlib import Path
 import structlog
 
 from cluster.config import ClusterConfig, ray_environment
-from cluster.control.controller import Blueprint, Controller, ControllerOptions, Desired
+from cluster.control.controller import Blueprint, Controller
 from cluster.control.journal import DirectoryJournal
+from cluster.control.options import ControllerOptions, Desired
 from cluster.control.planner import slots_needed
 from cluster.control.ports import ProcessId, ProcessSpec
 from cluster.control.status import ClusterStatus
@@ -32,17 +33,26 @@ class ModelFacts:
     num_layers: int
     num_experts: int
     weights_version: str
+    experts_bytes: int = 0  # of all experts, one copy of each
+
+
+def floor_of(config: ClusterConfig, model: ModelFacts) -> int:
+    """Return how many copies of every expert are wanted: 2 where memory allows, unless it is set.
+
+    Allowed is half of this machine's memory, which the workers of an embedded cluster share.
+    """
+    if config.experts.floor:
+        return config.experts.floor
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = 2 * model.experts_bytes <= memory_bytes // 2
+    return 2 if fits and not config.experts.num_gpus else 1
 
 
 def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
     """Return how many members the configuration wants, and how many slots each worker has."""
-    workers = config.experts.workers
+    workers, floor = config.experts.workers, floor_of(config, model)
     fewest = min(config.experts.min or workers, workers)
-    needed = (
-        slots_needed(model.num_layers, model.num_experts, fewest, config.experts.floor)
-        if workers
-        else 0
-    )
+    needed = slots_needed(model.num_layers, model.num_experts, fewest, floor) if workers else 0
     if (
         config.experts.slots
         and config.experts.slots * workers < model.num_layers * model.num_experts
@@ -59,7 +69,7 @@ def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
             Role.FRONT_DOOR: config.front_doors.count,
         },
         num_slots=config.experts.slots or needed,
-        floor=config.experts.floor,
+        floor=floor,
         standby=config.experts.standby,
         max_workers=config.experts.max,
     )

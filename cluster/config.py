@@ -68,8 +68,9 @@ class ExpertSection(ProcessSection):
 
     workers: Count = 2
     """How many; 0 runs the experts in the gateway's processes."""
-    floor: PositiveCount = 1
-    """Copies wanted of every expert, on distinct workers."""
+    floor: Count = 0
+    """Copies wanted of every expert, on distinct workers; 0 takes 2 where two copies of all experts
+    fit into half of this machine's memory, else 1; on GPUs 1."""
     slots: Count = 0
     """Slots a worker; 0 takes an even share among `min` workers and spare ones for coverage."""
     min: Count = 0

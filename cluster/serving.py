@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cluster.app import ControllerBody, ModelFacts
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
@@ -15,6 +17,7 @@ from workers.clock import Clock
 from workers.errors import ExpertmeshError
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
+from workers.model.memory import expert_bytes
 from workers.model.verify import verify
 from workers.placement import Role
 
@@ -61,7 +64,16 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
             num_layers=model.num_layers,
             num_experts=model.num_experts,
             weights_version=checkpoint.fingerprint,
+            experts_bytes=model.num_layers
+            * model.num_experts
+            * expert_bytes(model, _dtype(config)),
         )
+
+
+def _dtype(config: ClusterConfig) -> torch.dtype:
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if config.experts.num_gpus else torch.float32
+    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
 @contextlib.contextmanager

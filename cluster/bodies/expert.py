@@ -9,6 +9,7 @@ from cluster.control.ports import Opened, Pulse
 from cluster.runtime import node_address
 from cluster.telemetry import WORKER_SAMPLES, StatsCollector
 from workers.clock import SystemClock
+from workers.expert.probe import Fingerprint
 from workers.expert.worker import ExpertWorker, WorkerOptions
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
@@ -52,9 +53,9 @@ class ExpertWorkerBody(Process):
         """Say where this worker runs."""
         return self.opened()
 
-    def load(self, assignment: Mapping[ExpertId, int]) -> None:
-        """Read the weights of the assigned experts into their slots."""
-        self._worker.load(assignment)
+    def load(self, assignment: Mapping[ExpertId, int]) -> dict[ExpertId, Fingerprint]:
+        """Read the weights of the assigned experts into their slots; returns what each computes."""
+        return self._worker.load(assignment)
 
     def start(self) -> None:
         """Answer calls."""

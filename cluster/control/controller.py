@@ -7,13 +7,14 @@ never blocks, so that tests and the simulator call it directly. Who comes and go
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import assert_never
+from dataclasses import replace
+from typing import Any, assert_never
 
 import structlog
 
 from cluster.control.assignment import Assignment, assign
 from cluster.control.lifecycle import Life, Phase, adopted
+from cluster.control.options import ControllerOptions, Desired
 from cluster.control.ports import (
     Died,
     Journal,
@@ -27,8 +28,8 @@ from cluster.control.ports import (
     Runtime,
     RuntimeEvent,
 )
-from cluster.control.replicas import ReplicaBook
-from cluster.control.staffing import staff
+from cluster.control.replicas import Fingerprints, ReplicaBook
+from cluster.control.staffing import check_count, staff
 from cluster.control.status import ClusterStatus, MemberStatus, PoolStatus, StepWatch
 from workers.clock import Clock
 from workers.errors import NotFoundError, RefusedError
@@ -40,40 +41,6 @@ Blueprint = Callable[[MemberId], tuple[ProcessSpec, ...]]
 _INCARNATIONS = 1_000_000  # of one name within one term
 
 _log = structlog.get_logger("controller")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Desired:
-    """How many members of each role are wanted, and how experts are spread over them.
-
-    `standby` workers more are kept, which hold nothing.
-    """
-
-    members: Mapping[Role, int]
-    num_slots: int = 0
-    floor: int = 1
-    standby: int = 0
-    max_workers: int = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerOptions:
-    """Pace and patience of the controller, in seconds.
-
-    A worker that is silent for `silence_s` is suspect: what it alone holds is loaded elsewhere. One
-    silent for `lost_s`, whose experts others hold, is given up. A missing copy of which another
-    exists waits `restore_s` for a worker that is on its way.
-    """
-
-    pulse_s: float = 0.5
-    silence_s: float = 3.0
-    lost_s: float = 15.0
-    phase_s: float = 900.0
-    restore_s: float = 20.0
-    stall_s: float = 30.0
-    backoff_s: float = 1.0
-    max_failed_starts: int = 4
-    allow_chaos: bool = False
 
 
 class Controller:
@@ -111,11 +78,13 @@ class Controller:
         self._assigned: tuple[object, ...] = ()
         self._assignment = Assignment()
         self._hold_off_s: dict[MemberId, float] = {}
+        self._behind_s: dict[ProcessId, float] = {}  # since when a process holds an old View
         self._stopping = False
         self._failure = ""
         self._superseded = False
         record = journal.latest() if resume else None
         self._book = ReplicaBook(record.view.placement if record else model)
+        self._fingerprints = Fingerprints()
         self._view = View(journal.claim_term(), 0, (), self._book.placement())
         self._published: tuple[object, ...] = ()
         if record is not None:
@@ -214,10 +183,7 @@ class Controller:
             case Returned(process, "pulse", Pulse() as pulse):
                 self._hear_pulse(life, process, pulse)
             case Returned(process, method, value):
-                if method == Phase.LOAD.value and life.role is Role.EXPERT_WORKER:
-                    self._book.finish(life.member.id, done=True)
-                if method == life.phase.value:
-                    life.finish(process, value)
+                self._hear_value(life, process, method, value)
             case Raised(process, method, error):
                 self._hear_error(life, process, method, error)
             case Died(process, reason):
@@ -227,6 +193,16 @@ class Controller:
                     self._dismiss(life, reason)
             case _:
                 assert_never(event)
+
+    def _hear_value(self, life: Life, process: ProcessId, method: str, value: Any) -> None:  # noqa: ANN401
+        if method == Phase.LOAD.value and life.role is Role.EXPERT_WORKER:
+            self._book.finish(life.member.id, done=True)
+            strange = self._fingerprints.compare(life.member.id, value or {})
+            if strange:
+                self._end(life, strange)
+                return
+        if method == life.phase.value:
+            life.finish(process, value)
 
     def _hear_pulse(self, life: Life, process: ProcessId, pulse: Pulse) -> None:
         life.asked.discard(process)
@@ -240,7 +216,10 @@ class Controller:
         elif pulse.order[0] > self._view.term:
             self._rise_above(pulse.order[0])
         elif pulse.order < self._view.order:
+            self._behind_s.setdefault(process, self._clock.now_s())
             self._call(process, "adopt", self._view)  # it missed one
+        else:
+            self._behind_s.pop(process, None)
 
     def _hear_error(self, life: Life, process: ProcessId, method: str, error: str) -> None:
         life.asked.discard(process)
@@ -271,6 +250,8 @@ class Controller:
         self._book.forget(life.member.id)
         self._step_watches.pop(life.member.id, None)
         self._hold_off_s.pop(life.member.id, None)
+        for process in life.processes:
+            self._behind_s.pop(process, None)
         if expected:
             return
         _log.error("member ended", member=str(life.member.id), phase=life.phase.value, why=reason)
@@ -446,29 +427,14 @@ class Controller:
         return life.silent_s(now_s) > self._options.silence_s
 
     def _check_count(self, role: Role, count: int) -> None:
-        if role not in self._wanted:
-            raise RefusedError(f"members of role {role.value} cannot be scaled")
-        local = role is Role.EXPERT_WORKER and not self._wanted[role]
-        if count < 1 or local:
-            raise RefusedError(
-                "experts run in the gateways' processes here: start with experts.workers above 0"
-                if local
-                else f"{count} of role {role.value}: at least 1 must stay"
-            )
-        if role is not Role.EXPERT_WORKER:
-            return
-        experts = self._book.model.num_layers * self._book.model.num_experts
-        if count * self._desired.num_slots < experts:
-            raise RefusedError(
-                f"{count} expert workers of {self._desired.num_slots} slots cannot hold the "
-                f"{experts} experts: coverage would break; start with experts.slots or "
-                "experts.min set for so few"
-            )
-        if count > self._desired.max_workers:
-            raise RefusedError(
-                f"{count} expert workers: a gateway rank has at most {self._desired.max_workers} "
-                "links; run further workers as another cell"
-            )
+        model = self._book.model
+        check_count(
+            role,
+            count,
+            wanted=self._wanted,
+            desired=self._desired,
+            num_experts=model.num_layers * model.num_experts,
+        )
 
     # What everybody is told
 
@@ -534,6 +500,13 @@ class Controller:
         for member, watch in self._step_watches.items():
             if stalled_s := watch.stalled_s(now_s):
                 reasons.append(f"{member}: no token has moved for {stalled_s:.0f} s")
+        reasons += [
+            f"{process} has not adopted the newest View for {now_s - since_s:.0f} s"
+            for process, since_s in self._behind_s.items()
+            if now_s - since_s > self._options.stall_s
+        ]
+        if self._assignment.num_missing and now_s - self._placed_s > self._options.rebalance_s:
+            reasons.append(f"experts lack copies for {now_s - self._placed_s:.0f} s")
         missing = len(self._view.uncovered()) if self._wanted[Role.EXPERT_WORKER] else 0
         if missing:
             reasons.append(f"{missing} experts have no serving replica")

@@ -5,6 +5,26 @@ from collections.abc import Collection, Iterable, Mapping
 from cluster.control.planner import Load, placement_of
 from workers.placement import ExpertId, MemberId, Placement
 
+_TOLERANCE = 0.05  # of an expert's largest output; other devices round otherwise
+
+
+class Fingerprints:
+    """What each expert makes of a fixed row, by the first worker that loaded it."""
+
+    def __init__(self) -> None:
+        self._of: dict[ExpertId, tuple[MemberId, tuple[float, ...]]] = {}
+
+    def compare(self, worker: MemberId, found: Mapping[ExpertId, tuple[float, ...]]) -> str:
+        """Keep what is new; returns what contradicts a replica, or nothing."""
+        for expert, values in found.items():
+            first, due = self._of.setdefault(expert, (worker, values))
+            if len(values) != len(due) or any(
+                not abs(value - other) <= _TOLERANCE
+                for value, other in zip(values, due, strict=True)
+            ):
+                return f"{expert} computes something else than its replica on {first} did"
+        return ""
+
 
 class ReplicaBook:
     """Counts a replica from the moment its worker has said that it is loaded and verified.

@@ -1,9 +1,11 @@
 """Who to start, who to put to work and who to let go, so that as many serve as are wanted: pure."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from cluster.control.lifecycle import Life, Phase
+from cluster.control.options import Desired
+from workers.errors import RefusedError
 from workers.placement import MemberId, Role
 
 # Who is furthest is enlisted first, and dismissed last.
@@ -40,6 +42,31 @@ def staff(role: Role, lives: Collection[Life], wanted: int, standby: int = 0) ->
         enlist=tuple(w.member.id for w in waiting[:vacancies]),
         dismiss=tuple(w.member.id for w in surplus),
     )
+
+
+def check_count(
+    role: Role, count: int, *, wanted: Mapping[Role, int], desired: Desired, num_experts: int
+) -> None:
+    """Raise RefusedError, with the reason, when so many members of a role cannot be wanted."""
+    if role not in wanted:
+        raise RefusedError(f"members of role {role.value} cannot be scaled")
+    is_experts = role is Role.EXPERT_WORKER
+    if is_experts and not wanted[role]:
+        raise RefusedError(
+            "experts run in the gateways' processes here: start with experts.workers above 0"
+        )
+    if count < 1:
+        raise RefusedError(f"{count} of role {role.value}: at least 1 must stay")
+    if is_experts and count * desired.num_slots < num_experts:
+        raise RefusedError(
+            f"{count} expert workers of {desired.num_slots} slots cannot hold the {num_experts} "
+            "experts: coverage would break; start with experts.min set for so few"
+        )
+    if is_experts and count > desired.max_workers:
+        raise RefusedError(
+            f"{count} expert workers: a gateway rank has at most {desired.max_workers} links; "
+            "run further workers as another cell"
+        )
 
 
 def _seniority(life: Life) -> tuple[bool, int, int, MemberId]:

@@ -7,6 +7,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.control.status import StepWatch
 from cluster.frontdoor.admission import Admission
 from cluster.frontdoor.auth import Authenticator
 from cluster.frontdoor.cluster_service import ClusterService, ViewCache
@@ -24,8 +25,10 @@ from cluster.pb.expertmesh.v1 import (
 )
 from workers.clock import Clock, SystemClock
 from workers.errors import ConfigError
-from workers.placement import View
+from workers.placement import MemberId, View
 
+_STALL_S = 30.0  # parked rows are a stall too, though nothing is lost by them
+_LOOK_S = 1.0
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _CLUSTER = cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name
 
@@ -78,6 +81,8 @@ class FrontDoor:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._health_change = asyncio.Lock()
         self._health_tasks: set[asyncio.Task[None]] = set()
+        self._step_watches: dict[MemberId, StepWatch] = {}
+        self._was_ready = False
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
@@ -102,6 +107,8 @@ class FrontDoor:
             raise ConfigError(f"cannot listen on {self._options.listen}: {error}") from error
         await self._set_health()
         await self._server.start()
+        watch = asyncio.get_running_loop().create_task(self._watch_progress())
+        self._health_tasks.add(watch)
         return f"{self._options.listen.rpartition(':')[0]}:{port}"
 
     def adopt(self, view: View) -> None:
@@ -112,10 +119,11 @@ class FrontDoor:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be served now: a gateway is there, and every expert."""
+        """Whether a request would be served now: a gateway that moves is there, and all experts."""
         return (
             self._views.is_covered
             and self._parts.pool.is_connected
+            and not self._is_stalled()
             and not self._parts.admission.is_draining
         )
 
@@ -141,9 +149,28 @@ class FrontDoor:
     async def close(self) -> None:
         """Stop at once."""
         self._parts.pool.listeners.discard(self._health_may_change)
+        for task in self._health_tasks:
+            task.cancel()
         if self._server is not None:
             await self._server.stop(grace=0.5)  # for the last words of streams that have ended
         await self._parts.pool.close()
+
+    def _is_stalled(self) -> bool:
+        """Whether every gateway that has something to do has done nothing for too long."""
+        now_s = self._parts.clock.now_s()
+        stats = self._parts.pool.stats()
+        self._step_watches = {m: self._step_watches.get(m) or StepWatch(_STALL_S) for m in stats}
+        for member, word in stats.items():
+            self._step_watches[member].note(word, now_s)
+        watches = self._step_watches.values()
+        return bool(watches) and all(watch.stalled_s(now_s) for watch in watches)
+
+    async def _watch_progress(self) -> None:
+        """Change the health when tokens stop moving, of which nobody sends news."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self.ready != self._was_ready:
+                await self._set_health()
 
     def _health_may_change(self) -> None:
         task = asyncio.get_running_loop().create_task(self._set_health())
@@ -154,7 +181,8 @@ class FrontDoor:
         async with self._health_change:  # whoever comes last sets what holds then
             serving = health_pb2.HealthCheckResponse.SERVING
             not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-            status = serving if self.ready else not_serving
+            self._was_ready = self.ready
+            status = serving if self._was_ready else not_serving
             for name in ("", _INFERENCE):
                 await self._health.set(name, status)
             draining = self._parts.admission.is_draining

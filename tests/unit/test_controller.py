@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.control.controller import Controller, ControllerOptions, Desired
+from cluster.control.controller import Controller
+from cluster.control.options import ControllerOptions, Desired
 from cluster.control.ports import ProcessId, ProcessSpec, Pulse
 from tests.fake_runtime import FakeClock, FakeRuntime, MemoryJournal
 from workers.errors import NotFoundError, RefusedError
@@ -483,3 +484,40 @@ def test_a_lost_journal_is_noticed_by_the_members_word() -> None:
     fresh.ticks(3)
 
     assert fresh.view.term > 40
+
+
+def test_a_newcomer_that_computes_something_else_than_its_replicas_never_serves() -> None:
+    bench = Bench(workers=2, floor=2)
+    wrong = set()
+
+    def load(process):
+        (assignment,) = (a[0] for p, m, a in bench.runtime.calls[-1:] if m == "load" and a)
+        return dict.fromkeys(assignment, (1.0, -0.5 if process in wrong else 0.5))
+
+    bench.runtime.answers["load"] = lambda p: load(p) if "expert" in p.member.name else None
+    bench.ticks()
+    assert bench.controller.status().ready
+
+    bench.controller.scale(Role.EXPERT_WORKER, 3)
+    bench.controller.tick()
+    (newcomer,) = bench.runtime.named("expert_worker-2")
+    wrong.add(newcomer)
+    bench.ticks()
+
+    assert newcomer in bench.runtime.killed
+    assert newcomer.member not in {m.id for m in bench.view.serving_workers()}
+    wrong.clear()
+    bench.ticks(40)
+    assert bench.workers()["expert_worker-2"] is MemberState.ACTIVE
+
+
+def test_a_process_that_never_adopts_the_newest_view_makes_the_cluster_unready() -> None:
+    bench = Bench(workers=2)
+    bench.ticks()
+    (deaf,) = bench.runtime.named("frontdoor-0")
+    bench.runtime.mute.add((deaf, "adopt"))
+    bench.controller.scale(Role.EXPERT_WORKER, 3)
+
+    bench.ticks(130)
+
+    assert any("not adopted" in reason for reason in bench.controller.status().reasons)

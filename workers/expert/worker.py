@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from workers.clock import Clock
 from workers.dispatch.header import Status
@@ -23,20 +22,19 @@ from workers.errors import LinkClosedError, PlacementError
 from workers.expert.batching import into_batches
 from workers.expert.compute import Answer, compute_batch
 from workers.expert.followers import Followers
+from workers.expert.probe import Fingerprint, Probe
 from workers.expert.served_link import Call
 from workers.expert.slots import SlotTable
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.model.experts import ExpertShard
 from workers.model.layers import ROW_TILE
-from workers.model.parameters import ExpertParameters
 from workers.model.weights import load_expert
 from workers.placement import ExpertId, MemberId, View
 from workers.types import WorkerStats
 
 _IDLE_TURN_S = 1.0
 _QUIET_S = 0.2  # a draining worker is idle when no call has come for so long
-_PROBE_ROWS = 2
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +91,7 @@ class ExpertWorker:
         )
         self._queue: deque[Call] = deque()
         self._computing = threading.Lock()
+        self._loading = threading.Lock()
         self._waiting = threading.Event()
         self._started = self._closed = self._draining = False
         self._last_call_s = clock.now_s()
@@ -109,17 +108,23 @@ class ExpertWorker:
             clock=clock,
         )
 
-    def load(self, assignment: Mapping[ExpertId, int]) -> None:
+    def load(self, assignment: Mapping[ExpertId, int]) -> dict[ExpertId, Fingerprint]:
         """Bring the named slots to the named experts, while calls go on; others stay as they are.
+
+        Returns, for each expert that was read, what it makes of a fixed row: replicas compare. One
+        call at a time: a controller may come back while its predecessor's load goes on.
 
         Raises PlacementError, before anything is changed, when an expert or a slot does not exist,
         and CheckpointError when an expert cannot be read or does not compute what it should.
         """
         self._check(assignment)
-        held = self._slots.held()
-        for expert, slot in sorted(assignment.items(), key=lambda item: item[1]):
-            if held.get(expert) != slot:
-                self._load_one(expert, slot)
+        with self._loading:
+            held = self._slots.held()
+            return {
+                expert: self._load_one(expert, slot)
+                for expert, slot in sorted(assignment.items(), key=lambda item: item[1])
+                if held.get(expert) != slot
+            }
 
     def unload(self, slots: Mapping[ExpertId, int]) -> None:
         """Take experts out of use: rows for them are answered STALE from now on."""
@@ -268,7 +273,7 @@ class ExpertWorker:
         if len(set(assignment.values())) < len(assignment):
             raise PlacementError("two experts are assigned to one slot")
 
-    def _load_one(self, expert: ExpertId, slot: int) -> None:
+    def _load_one(self, expert: ExpertId, slot: int) -> Fingerprint:
         parameters = load_expert(
             self._checkpoint,
             self._config,
@@ -277,22 +282,12 @@ class ExpertWorker:
             dtype=self._dtype,
             device=self._device,
         )
+        probe = Probe(self._config, expert, self._dtype, self._device)
         self._slots.overwrite(
             slot,
             expert,
             write=lambda: self._shard.write(slot, parameters),
-            verify=lambda: self._verify(slot, parameters),
+            verify=lambda: probe.agrees(self._shard, slot, parameters),
             timeout_s=self._options.lease_timeout_s,
         )
-
-    def _verify(self, slot: int, parameters: ExpertParameters) -> bool:
-        """Whether a slot computes, on a few rows, what the parameters say."""
-        generator = torch.Generator().manual_seed(slot)
-        x_RD = torch.randn(_PROBE_ROWS, self._config.hidden_size, generator=generator)
-        x_RD = x_RD.to(self._device, self._dtype)
-        gate, up = functional.linear(x_RD, parameters.gate_up).chunk(2, -1)
-        wanted_RD = functional.linear(functional.silu(gate) * up, parameters.down).float()
-        rows_P = torch.arange(_PROBE_ROWS, device=self._device)
-        got_RD = self._shard.forward(x_RD, rows_P, [slot], [0, _PROBE_ROWS]).float()
-        tolerance = 8 * torch.finfo(self._dtype).eps ** 0.5 * wanted_RD.abs().max().item()
-        return bool((got_RD - wanted_RD).abs().max() <= tolerance)
+        return probe.fingerprint

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from cluster.control.controller import Controller, ControllerOptions, Desired
+from cluster.control.controller import Controller
+from cluster.control.options import ControllerOptions, Desired
 from cluster.control.ports import (
     Died,
     Opened,

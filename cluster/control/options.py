@@ -1,0 +1,42 @@
+"""What is wanted of a cluster, and how patient its controller is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from workers.placement import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desired:
+    """How many members of each role are wanted, and how experts are spread over them.
+
+    `standby` workers more are kept, which hold nothing.
+    """
+
+    members: Mapping[Role, int]
+    num_slots: int = 0
+    floor: int = 1
+    standby: int = 0
+    max_workers: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerOptions:
+    """Pace and patience of the controller, in seconds.
+
+    A worker that is silent for `silence_s` is suspect: what it alone holds is loaded elsewhere. One
+    silent for `lost_s`, whose experts others hold, is given up. A missing copy of which another
+    exists waits `restore_s` for a worker that is on its way. Not ready is who has been without
+    progress for `stall_s`, or without all copies for `rebalance_s`.
+    """
+
+    pulse_s: float = 0.5
+    silence_s: float = 3.0
+    lost_s: float = 15.0
+    phase_s: float = 900.0
+    restore_s: float = 20.0
+    stall_s: float = 30.0
+    rebalance_s: float = 300.0
+    backoff_s: float = 1.0
+    max_failed_starts: int = 4
+    allow_chaos: bool = False

@@ -1,0 +1,78 @@
+"""Chaos in the short form: a real cluster is harmed under load, and no client can tell.
+
+`make accept-chaos` and its sisters are the long form.
+"""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from cluster.chaos.faults import Fault
+from cluster.chaos.run import ChaosOptions, report_of, run_chaos
+from cluster.demo.path import demo_model_path
+from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
+from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
+from tests.cluster.harness_serve import Served, served
+from workers.clock import SystemClock
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+SEED = 3
+
+
+def expertmesh(
+    cluster: Served, *arguments: str, timeout: float = 60
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "expertmesh", *arguments, "--server", cluster.endpoint]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_kills_freezes_joins_drains_and_a_dead_controller_change_nothing_for_clients() -> None:
+    counts = {
+        Fault.KILL: 3, Fault.KILL_TWO: 1, Fault.FREEZE: 1, Fault.JOIN: 1, Fault.DRAIN: 1,
+        Fault.KILL_CONTROLLER: 1,
+    }  # fmt: skip
+    options = ChaosOptions(counts=counts, concurrency=8, seed=SEED)
+    print(f"seed {SEED}")
+    with served(
+        "--allow-chaos", "--gateways", "2", "--expert-workers", "3",
+        "--set", "experts.standby=1", "--set", "experts.min=1",
+    ) as cluster:  # fmt: skip
+        run = asyncio.run(run_chaos(cluster.endpoint, options, clock=SystemClock(), progress=print))
+        operators_have_their_say(cluster)
+
+    report = report_of(run, options, demo_model_path())
+    print(report)
+    assert report["problems"] == {"lost": [], "refused": [], "out_of_order": [], "short": []}
+    assert report["replay"]["wrong"] == 0
+    assert report["replay"]["sequences"] >= 16
+    assert sum(report["faults"].values()) == sum(counts.values())
+
+
+def operators_have_their_say(cluster: Served) -> None:
+    """The command line of operators, on the same cluster."""
+    assert "experts: 3 -> 4 wanted" in expertmesh(cluster, "scale", "experts", "4").stdout
+    stub = ClusterServiceStub(cluster.channel)
+    status = stub.GetStatus(pb.GetStatusRequest(), timeout=10).status
+    (pool,) = [p for p in status.pools if p.role == pb.ROLE_EXPERT_WORKER]
+    assert (pool.wanted, status.allows_chaos) == (4, True)
+    assert any(m.role == pb.ROLE_CONTROLLER and m.pid for m in status.view.members)
+    assert any(health.HasField("worker_stats") for health in status.members)
+
+    refused = expertmesh(cluster, "drain", "nobody-1")
+    assert refused.returncode == 1
+    assert "NOT_FOUND: no member nobody-1" in refused.stderr
+    refused = expertmesh(cluster, "scale", "experts", "200")
+    assert "FAILED_PRECONDITION" in refused.stderr
+    drained = expertmesh(cluster, "drain", "gateway-1")
+    assert "gateway-1" in drained.stdout
+
+
+def test_chaos_is_refused_where_it_was_not_allowed() -> None:
+    with served("--expert-workers", "1") as cluster:
+        refused = expertmesh(cluster, "chaos", "--kills", "1")
+
+        assert refused.returncode == 1
+        assert "--allow-chaos" in refused.stderr
+        assert len(cluster.members("EXPERT_WORKER")) == 1
