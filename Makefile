@@ -56,6 +56,11 @@ accept-chaos: ## Kill, freeze, add and drain workers 550 times under load; write
 	@$(BIN)/python -m tests.accept.chaos faults --json reports/chaos-1.json --plot reports/chaos-1.svg
 	@$(BIN)/python -m tests.accept.chaos faults --gateways 2 --json reports/chaos-2.json
 
+accept-head: ## Kill Ray's GCS 10 times under load, on RocksDB and on redis-server; writes reports/head-*.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.head_death --json reports/head-rocksdb.json
+	@$(BIN)/python -m tests.accept.head_death --storage redis --json reports/head-redis.json
+
 accept-fault-lab: ## Simulate 100,000 seeds and find every mutation; writes reports/fault-lab.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.fault_lab --json reports/fault-lab.json
@@ -93,4 +98,4 @@ export TORCH_INDEX
 .NOTPARALLEL:
 .PHONY: demo test test-unit test-full test-gpu lint format pb bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
-	accept-last-copy accept-controller accept-fault-lab clean help
+	accept-last-copy accept-controller accept-head accept-fault-lab clean help

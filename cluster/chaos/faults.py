@@ -1,10 +1,11 @@
 """Faults in the members of a running cluster, done one after the other at random moments."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -132,6 +133,16 @@ class Saboteur:
                 reasons = status.reasons
             await asyncio.sleep(_POLL_S)
         raise UnavailableError(f"not whole after {_RECOVERY_S:g} s: {'; '.join(reasons)}")
+
+    @contextlib.asynccontextmanager
+    async def fault(self, kind: str, members: tuple[str, ...]) -> AsyncIterator[None]:
+        """Note what is done inside as a fault, then wait until the cluster is whole."""
+        start_s = self._clock.now_s()
+        yield
+        acted_s = self._clock.now_s()
+        await self.whole()
+        window = Window(kind, start_s, acted_s + _AFTER_S)
+        self._note(window, members, self._clock.now_s() - acted_s)
 
     async def scale_to(self, role: pb.Role.ValueType, count: int) -> None:
         """Bring a pool to a size, wait until the cluster is whole, and note it as a fault."""

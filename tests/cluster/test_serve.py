@@ -55,7 +55,8 @@ def test_status_names_every_member_with_pid_state_and_slots(cluster: Served) -> 
     assert status["coverage"]["complete"] is True
     pids = {p.pid for p in descendants(cluster.process.pid)}
     assert {m["pid"] for m in status["members"]} <= pids
-    assert sum(m["slots_used"] for m in cluster.members("EXPERT_WORKER")) == 8 * 32
+    copies = sum(m["slots_used"] for m in cluster.members("EXPERT_WORKER")) / (8 * 32)
+    assert copies in {1, 2}  # two where this machine's memory allows
 
 
 def test_health_is_serving(cluster: Served) -> None:
