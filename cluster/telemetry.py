@@ -5,6 +5,7 @@ Counters of the data plane are read from its statistics when the page is asked f
 pushed.
 """
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +13,16 @@ from dataclasses import dataclass
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from structlog.typing import EventDict
 
-from workers.types import GatewayStats, WorkerStats
+from workers.types import RECOVERY_BOUNDS_S, GatewayStats, WorkerStats
 
 _LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
@@ -99,6 +105,7 @@ WORKER_SAMPLES = (
     ),
 )
 ROWS_BY_WORKER = "expertmesh_gateway_rows"
+RECOVERY = "expertmesh_gateway_recovery_seconds"
 VIEW_VERSION = "expertmesh_view_version"
 VIEW_TERM = "expertmesh_view_term"
 UNCOVERED = "expertmesh_uncovered_experts"
@@ -131,6 +138,18 @@ class StatsCollector(Collector):
             for worker, count in sorted(stats.rows_by_worker.items()):
                 rows.add_metric([self._member, worker], float(count))
             yield rows
+            yield self._recoveries(stats)
+
+    def _recoveries(self, stats: GatewayStats) -> Metric:
+        family = HistogramMetricFamily(
+            RECOVERY, "From a noticed loss of rows to the end of their layer.", labels=["member"]
+        )
+        counts = stats.recoveries or (0,) * (len(RECOVERY_BOUNDS_S) + 1)
+        bounds = [*map(str, RECOVERY_BOUNDS_S), "+Inf"]
+        up_to = itertools.accumulate(map(float, counts))
+        buckets = list(zip(bounds, up_to, strict=True))
+        family.add_metric([self._member], buckets, stats.recovery_s)
+        return family
 
 
 class ViewGauges:

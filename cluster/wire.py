@@ -29,7 +29,11 @@ _FINISHES = {
     FinishReason.ERROR: gateway_pb2.EVENT_FINISH_ERROR,
 }
 _REASONS = {number: reason for reason, number in _FINISHES.items()}
-_STATS = tuple(field for field in GatewayStats.__dataclass_fields__ if field != "rows_by_worker")
+_STATS = tuple(
+    name
+    for name in GatewayStats.__dataclass_fields__
+    if name not in {"rows_by_worker", "recoveries"}
+)
 
 
 def submit_message(request: Request) -> gateway_pb2.Submit:
@@ -171,7 +175,9 @@ def _logprob_of(message: inference_pb2.TokenLogprob) -> TokenLogprob:
 def stats_message(stats: GatewayStats) -> cluster_pb2.GatewayStats:
     """Return a gateway's load and counters as they travel."""
     return cluster_pb2.GatewayStats(
-        **{field: getattr(stats, field) for field in _STATS}, rows_by_worker=stats.rows_by_worker
+        **{field: getattr(stats, field) for field in _STATS},
+        rows_by_worker=stats.rows_by_worker,
+        recoveries=stats.recoveries,
     )
 
 
@@ -180,6 +186,7 @@ def stats_of(message: cluster_pb2.GatewayStats) -> GatewayStats:
     return GatewayStats(
         **{field: getattr(message, field) for field in _STATS},
         rows_by_worker=dict(message.rows_by_worker),
+        recoveries=tuple(message.recoveries),
     )
 
 

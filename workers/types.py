@@ -105,9 +105,17 @@ class TokenEvent:
     error: str = ""
 
 
+# Upper bounds of the classes in which recovery times are counted; one more class is above them.
+RECOVERY_BOUNDS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayStats:
-    """One gateway's load and counters, taken between two steps. Counters only rise."""
+    """One gateway's load and counters, taken between two steps. Counters only rise.
+
+    `recoveries` counts the layers that lost rows with a link, by the time from when the loss was
+    noticed until the layer was complete: one class per bound of `RECOVERY_BOUNDS_S`, and one above.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -124,6 +132,8 @@ class GatewayStats:
     parked_s: float = 0.0
     dispatch_wait_s: float = 0.0
     step_s: float = 0.0
+    recovery_s: float = 0.0
+    recoveries: tuple[int, ...] = ()
     rows_by_worker: dict[str, int] = field(default_factory=dict)
 
 

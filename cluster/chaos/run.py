@@ -17,11 +17,12 @@ from cluster.chaos.history import Answer, problems_of
 from cluster.chaos.load import Load
 from cluster.chaos.stalls import percentile, stalls_by_kind
 from cluster.chaos.verdict import replays
-from cluster.pb.expertmesh.v1 import inference_pb2 as pb
+from cluster.pb.expertmesh.v1 import cluster_pb2, inference_pb2
 from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
 from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from workers.clock import Clock
 from workers.errors import RefusedError, UnavailableError
+from workers.types import RECOVERY_BOUNDS_S
 
 _WARM_UP_S = 3.0
 _SHOWN = 20
@@ -40,10 +41,14 @@ class ChaosOptions:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What clients saw, and what was done meanwhile."""
+    """What clients saw, and what was done meanwhile.
+
+    `recoveries` counts layers by how long they took once a loss was noticed; see `GatewayStats`.
+    """
 
     answers: list[Answer]
     done: list[Done]
+    recoveries: Counter[int]
 
 
 async def run_chaos(
@@ -82,7 +87,7 @@ async def run_script(
                 f"the cluster at {server} does not allow chaos: start it with --allow-chaos, "
                 "and never where somebody's requests run"
             )
-        models = await inference.ListModels(pb.ListModelsRequest(), timeout=10)
+        models = await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
         load = Load(
             inference,
             concurrency=options.concurrency,
@@ -95,10 +100,18 @@ async def run_script(
             await asyncio.sleep(_WARM_UP_S)
             await script(saboteur)
             await asyncio.sleep(_WARM_UP_S)
+            recoveries = _recoveries(await saboteur.whole())
         finally:
             load.stop()
             await running
-        return Run(load.answers, saboteur.done)
+        return Run(load.answers, saboteur.done, recoveries - _recoveries(status))
+
+
+def _recoveries(status: cluster_pb2.ClusterStatus) -> Counter[int]:
+    """Return how many layers of all gateways fell into each class of recovery time."""
+    return sum(
+        (Counter(dict(enumerate(m.gateway_stats.recoveries))) for m in status.members), Counter()
+    )
 
 
 def report_of(
@@ -127,6 +140,10 @@ def report_of(
         "stalls_ms": {s.kind: _summary(s.sequences_s) for s in _stalls(run)},
         "worst_stall_of_a_fault_ms": {s.kind: _summary(s.worst_s) for s in _stalls(run)},
         "whole_after_s": _whole_after(run.done),
+        "recoveries_s": {
+            "at_most": [*RECOVERY_BOUNDS_S, None],
+            "layers": [run.recoveries[i] for i in range(len(RECOVERY_BOUNDS_S) + 1)],
+        },
     }
     wrong = explained = replayed = 0
     if model_dir is not None:

@@ -1,6 +1,7 @@
 """`expertmesh chaos`: faults in a running cluster under load, and whether a client could tell."""
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def table_of(report: dict[str, Any]) -> Table:
             f"{replay['sequences']} replayed sequences {replay['wrong']} wrong, "
             f"{replay['explained_mismatches']} tokens explained by a margin"
         ),
+        caption=_recoveries(report["recoveries_s"]),
+        caption_justify="left",
         title_justify="left",
     )
     for column in ("fault", "times", "stall p50", "p99", "max", "worst p50", "whole again p50"):
@@ -80,3 +83,17 @@ def table_of(report: dict[str, Any]) -> Table:
             f"{whole['p50']:.1f} s" if whole else "",
         )
     return table
+
+
+def _recoveries(recoveries: dict[str, Any]) -> str:
+    """Return how soon layers were complete once a loss of their rows was noticed."""
+    layers = recoveries["layers"]
+    total = sum(layers)
+    if not total:
+        return "no layer lost rows"
+    names = [f"{1000 * s:g} ms" if s else "longer" for s in recoveries["at_most"]]
+    upto = itertools.accumulate(layers)
+    shares = [
+        f"{n / total:.1%} in {name}" for n, name, k in zip(upto, names, layers, strict=True) if k
+    ]
+    return f"{total} layers lost rows; from then on they took: {', '.join(shares)}"

@@ -214,6 +214,9 @@ def test_rows_of_a_lost_last_copy_are_parked_until_a_view_covers_them(cluster, e
     del cluster.holdings["worker-1"]
     cluster.publish()
     result()
+    stats = dispatcher.stats()
+    assert sum(stats["recoveries"]) == 1, "one layer lost rows; those after it never sent them"
+    assert stats["recovery_s"] > 0.2
 
 
 def test_a_worker_that_lacks_an_expert_says_so_and_its_replica_answers(cluster, experts):

@@ -1,13 +1,16 @@
 """Judging a history: lost, refused, short, out of order, and how long a fault held clients up."""
 
+from collections import Counter
+
 import pytest
 
-from cluster.chaos.faults import Fault, draw_faults
+from cluster.chaos.faults import Done, Fault, draw_faults
 from cluster.chaos.history import Answer, Arrival, Ask, problems_of
 from cluster.chaos.load import draw_ask
 from cluster.chaos.plot import plot_stalls
-from cluster.chaos.run import Run
+from cluster.chaos.run import ChaosOptions, Run, report_of
 from cluster.chaos.stalls import NOTHING, Window, percentile, stalls_by_kind
+from cluster.cli.chaos import table_of
 
 ASK = Ask(
     number=3, prompt_token_ids=(1,), max_tokens=4, temperature=0.0, top_p=1.0, seed=1,
@@ -100,10 +103,22 @@ def test_the_load_is_the_seeds() -> None:
     assert {a.num_sequences for a in asks} == {1, 2}
 
 
-def test_the_plot_is_a_picture(tmp_path) -> None:
-    from cluster.chaos.faults import Done
+@pytest.fixture
+def run() -> Run:
+    times = [i / 10 for i in range(30)]
+    done = [Done(Window("kill", 1.0, 2.0), ("w",), 0.5)]
+    return Run([answer(times)], done, Counter({0: 3, 3: 1}))
 
-    run = Run([answer([i / 10 for i in range(30)])], [Done(Window("kill", 1.0, 2.0), ("w",), 0.5)])
+
+def test_the_report_says_how_soon_lost_rows_were_made_good(run) -> None:
+    report = report_of(run, ChaosOptions(counts={Fault.KILL: 1}), None)
+
+    assert report["recoveries_s"]["layers"][:5] == [3, 0, 0, 1, 0]
+    caption = table_of(report).caption
+    assert caption == "4 layers lost rows; from then on they took: 75.0% in 2 ms, 100.0% in 20 ms"
+
+
+def test_the_plot_is_a_picture(run, tmp_path) -> None:
     plot_stalls(run, tmp_path / "stalls.svg")
 
     assert "<svg" in (tmp_path / "stalls.svg").read_text()

@@ -20,7 +20,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 @pytest.fixture
 def registry() -> CollectorRegistry:
     registry = CollectorRegistry()
-    gateway = GatewayStats(running=3, rows_by_worker={"w0.1": 7})
+    gateway = GatewayStats(
+        running=3, recovery_s=0.5, recoveries=(4, 1, *[0] * 10), rows_by_worker={"w0.1": 7}
+    )
     registry.register(telemetry.StatsCollector(lambda: gateway, telemetry.GATEWAY_SAMPLES, "g0.1"))
     registry.register(
         telemetry.StatsCollector(lambda: WorkerStats(rows=5), telemetry.WORKER_SAMPLES, "w0.1")
@@ -60,7 +62,7 @@ def test_every_number_of_the_statistics_is_exported() -> None:
         (GatewayStats, telemetry.GATEWAY_SAMPLES),
         (WorkerStats, telemetry.WORKER_SAMPLES),
     ):
-        numbers = {f.name for f in fields(stats)} - {"rows_by_worker"}
+        numbers = {f.name for f in fields(stats)} - {"rows_by_worker", "recovery_s", "recoveries"}
         assert numbers == {s.field for s in samples}
 
 
@@ -70,6 +72,11 @@ def test_values_are_those_of_the_statistics(registry) -> None:
     )
     rows = {"member": "g0.1", "worker": "w0.1"}
     assert registry.get_sample_value("expertmesh_gateway_rows_total", rows) == 7
+    name = "expertmesh_gateway_recovery_seconds"
+    for bound, count in (("0.002", 4), ("0.005", 5), ("+Inf", 5)):
+        labels = {"member": "g0.1", "le": bound}
+        assert registry.get_sample_value(f"{name}_bucket", labels) == count
+    assert registry.get_sample_value(f"{name}_sum", {"member": "g0.1"}) == 0.5
 
 
 def test_the_page_is_served_on_a_free_port(registry) -> None:

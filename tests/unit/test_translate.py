@@ -109,7 +109,9 @@ def test_an_event_reaches_the_front_door_as_it_was(event):
 
 
 def test_statistics_reach_the_front_door_as_they_were():
-    stats = GatewayStats(running=1, steps=9, parked_s=0.5, rows_by_worker={"expert-0.1": 12})
+    stats = GatewayStats(
+        running=1, steps=9, parked_s=0.5, recoveries=(0, 2, 1), rows_by_worker={"expert-0.1": 12}
+    )
     assert wire.stats_of(wire.stats_message(stats)) == stats
 
 

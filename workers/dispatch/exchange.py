@@ -24,7 +24,7 @@ from workers.dispatch.link_set import LinkSet, OpenLink, Peer
 from workers.dispatch.options import DispatchOptions, MessageShape
 from workers.dispatch.outbox import CallHandle, OpenCall, Outbox
 from workers.dispatch.plan import ReplicaIndex
-from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Pairs
+from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Pairs, Recoveries
 from workers.dispatch.roster import Roster
 from workers.dispatch.rows import StagedReply, sum_by_expert, sum_partials, summed_masks
 from workers.errors import DeadlineError, DispatchError, LinkClosedError, RefusedError
@@ -71,6 +71,7 @@ class LinkDispatcher:
         self._counters = dict.fromkeys(("hedges", "stale_answers", "late_replies", "suspicions"), 0)
         self._wait_s = 0.0
         self._parked_s = 0.0
+        self._recoveries = Recoveries()
         self._links = open_links(
             member, rank, shape=shape, options=options, host=host, clock=clock, user=self
         )
@@ -139,7 +140,10 @@ class LinkDispatcher:
                 self._tend()
             else:
                 self._listen(call.state)
-        self._wait_s += self._clock.now_s() - started_s
+        ended_s = self._clock.now_s()
+        self._wait_s += ended_s - started_s
+        if call.lost_s is not None:
+            self._recoveries.record(ended_s - call.lost_s)
         winners = list(call.state.cover())
         y_TD = (sum_by_expert if self._options.bit_stable else sum_partials)(winners, call.x_TD)
         self._outbox.forget(call)
@@ -164,6 +168,8 @@ class LinkDispatcher:
             "links_opened": sum(p.links_opened for p in peers),
             "wait_s": self._wait_s,
             "parked_s": self._parked_s,
+            "recovery_s": self._recoveries.sum_s,
+            "recoveries": tuple(self._recoveries.counts),
         }
 
     # The model's thread.
@@ -186,7 +192,7 @@ class LinkDispatcher:
         if self._closed:
             raise LinkClosedError("the dispatcher was closed while rows were on their way")
         while self._inbox.lost:
-            self._outbox.give_up(self._inbox.lost.popleft())
+            self._outbox.give_up(*self._inbox.lost.popleft())
         now_s = self._clock.now_s()
         for call in self._outbox.calls:
             for attempt in call.state.overdue(now_s):
@@ -286,7 +292,7 @@ class LinkDispatcher:
         with self._changed:
             if peer.open is opened:
                 peer.open = None
-        self._inbox.lost.append(opened)
+        self._inbox.lost.append((opened, self._clock.now_s()))
         self._tell()
 
     def received(self, peer: Peer, opened: OpenLink, header: Header, frame: ReplyFrame) -> None:

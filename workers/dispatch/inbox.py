@@ -28,7 +28,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.replies: deque[Arrived] = deque()
-        self.lost: deque[OpenLink] = deque()
+        self.lost: deque[tuple[OpenLink, float]] = deque()  # and when that was noticed
         self.has_news = False  # of links, Views, deadlines or closing
         self._bell = threading.Lock()  # taken while silent: releasing it rings
         self._bell.acquire()

@@ -30,6 +30,7 @@ class OpenCall:
     x_TD: Tensor
     weights_TK: NDArray[np.float32]
     number: int
+    lost_s: float | None = None  # when the first loss of its rows was noticed
 
 
 class CallHandle:
@@ -97,11 +98,12 @@ class Outbox:
         """Return the call of a message that was answered, once."""
         return self._by_message.pop(message_id, None)
 
-    def give_up(self, opened: OpenLink) -> None:
+    def give_up(self, opened: OpenLink, noticed_s: float) -> None:
         """Give up what is under way on a link that is lost; it is waiting to be sent again."""
         for call in self.calls:
             for attempt in call.state.link_lost(opened.worker, opened.incarnation):
                 self.claim(attempt.message_id)
+                call.lost_s = noticed_s if call.lost_s is None else call.lost_s
         opened.queue.clear()
 
     def forget(self, call: OpenCall) -> None:

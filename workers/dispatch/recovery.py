@@ -10,6 +10,7 @@ No thread, no clock, no tensor: time and replies are arguments, a payload is any
 exchange runs this over links, the simulator over a simulated network.
 """
 
+import bisect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.placement import MemberId
+from workers.types import RECOVERY_BOUNDS_S
 
 NO_EXPERT = -1
 
@@ -294,3 +296,16 @@ class HedgeBudget:
         allowed = self._num_hedges < self._first + self._share * num_messages
         self._num_hedges += allowed
         return allowed
+
+
+class Recoveries:
+    """Counts how long layers took to be complete after a loss was noticed; see `GatewayStats`."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(RECOVERY_BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+    def record(self, taken_s: float) -> None:
+        """Add one layer."""
+        self.counts[bisect.bisect_left(RECOVERY_BOUNDS_S, taken_s)] += 1
+        self.sum_s += taken_s

@@ -57,7 +57,7 @@ def forget_what_a_reply_left_out() -> Any:
 
 def keep_calls_of_a_lost_link() -> Any:
     """I9: what was sent over a link that broke is still waited for."""
-    return replaced(Outbox, "give_up", lambda self, opened: None)
+    return replaced(Outbox, "give_up", lambda self, opened, noticed_s: None)
 
 
 def use_replies_of_any_link() -> Any:

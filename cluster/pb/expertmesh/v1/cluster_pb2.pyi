@@ -627,6 +627,8 @@ class GatewayStats(_message.Message):
     DISPATCH_WAIT_S_FIELD_NUMBER: _builtins.int
     STEP_S_FIELD_NUMBER: _builtins.int
     ROWS_BY_WORKER_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
+    RECOVERY_S_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_blocks_used: _builtins.int
@@ -642,9 +644,16 @@ class GatewayStats(_message.Message):
     parked_s: _builtins.float
     dispatch_wait_s: _builtins.float
     step_s: _builtins.float
+    recovery_s: _builtins.float
     @_builtins.property
     def rows_by_worker(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Expert worker to the rows that were sent to it."""
+
+    @_builtins.property
+    def recoveries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers that lost rows with a link, by the seconds from when the loss was noticed until the
+        layer was complete: at most 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1, 3, 10, 30, or more.
+        """
 
     def __init__(
         self,
@@ -665,10 +674,12 @@ class GatewayStats(_message.Message):
         dispatch_wait_s: _builtins.float = ...,
         step_s: _builtins.float = ...,
         rows_by_worker: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        recoveries: _abc.Iterable[_builtins.int] | None = ...,
+        recovery_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "parked_s", b"parked_s", "preemptions", b"preemptions", "resends", b"resends", "rows_by_worker", b"rows_by_worker", "running", b"running", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "parked_s", b"parked_s", "preemptions", b"preemptions", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "resends", b"resends", "rows_by_worker", b"rows_by_worker", "running", b"running", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
