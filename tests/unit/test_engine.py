@@ -1,4 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -342,6 +344,42 @@ def test_a_follower_commits_and_discards_what_the_leader_did():
     assert not models[1]._staged
     leader.stop()
     assert not follower.follow()
+
+
+@dataclass(frozen=True)
+class Reread:
+    """An operation that sees what was committed; a module's own, so that it can be sent."""
+
+    block: int
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    def apply(self, cache):
+        self.seen.append(cache._states[self.block])
+
+
+def test_what_comes_between_steps_sees_the_last_step_on_every_rank():
+    Reread.seen.clear()
+    leader, follower, _ = make_pair()
+    leader.compute(batch_of(0, 1, 2))
+    follower.follow()
+    leader.commit()
+    leader.enqueue(Reread(0))
+    leader.compute(batch_of(2, 3))
+    follower.follow()
+    leader.discard()
+    leader.idle()
+    follower.follow()
+
+    assert Reread.seen == [(1, 2), (1, 2)]
+
+
+def test_an_operation_that_fails_ends_the_gateway():
+    leader, follower, _ = make_pair()
+    leader.enqueue(Reread(9))
+    with pytest.raises(GatewayFailedError, match="Reread failed"):
+        leader.idle()
+    with pytest.raises(GatewayFailedError, match="Reread failed"):
+        follower.follow()
 
 
 def test_a_failure_on_all_ranks_can_be_tried_again():

@@ -1,8 +1,10 @@
 """How the ranks of one gateway take their steps together: rank 0 leads, the others follow.
 
 Rank 0 sends every batch with the outcome of the batch before it; until then the followers keep
-what that one staged. A step whose forward raised may be tried again only if it raised on every
-rank: if some rank got further, their collectives no longer match, and the gateway is at its end.
+what that one staged. What else is to be done to the caches of all ranks, such as to copy a state
+aside, goes along and is done in between: after that outcome, before the batch. A step whose forward
+raised may be tried again only if it raised on every rank: if some rank got further, their
+collectives no longer match, and the gateway is at its end.
 """
 
 import pickle
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,6 +31,14 @@ class StagedStates(Protocol):
 
     def discard(self) -> None:
         """Drop the staged states."""
+        ...
+
+
+class CacheOperation(Protocol):
+    """Something that every rank does to its own cache between two steps; sent as it is."""
+
+    def apply(self, cache: Any, /) -> None:  # noqa: ANN401 - a `SequenceCache`, or a fake
+        """Do it. What it raises ends the gateway: its ranks would no longer be alike."""
         ...
 
 
@@ -100,10 +110,11 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMessage:
-    """What rank 0 tells the others: the last step's outcome, and the next step."""
+    """What rank 0 tells the others: the last step's outcome, what comes between, the next step."""
 
     number: int
     outcome: Outcome
+    operations: tuple[CacheOperation, ...] = ()
     batch: StepBatch
     is_last: bool = False
 
@@ -120,6 +131,11 @@ class Leader:
         self._vote = vote
         self._number = 0
         self._outcome = Outcome.NOTHING
+        self._operations: list[CacheOperation] = []
+
+    def enqueue(self, operation: CacheOperation) -> None:
+        """Have every rank do something to its cache before its next step."""
+        self._operations.append(operation)
 
     def compute(self, batch: StepBatch) -> Tensor:
         """Run one batch on all ranks and return its logits; what it stages is undecided.
@@ -148,7 +164,7 @@ class Leader:
         self._outcome = Outcome.DISCARD
 
     def idle(self) -> None:
-        """Tell the others that rank 0 lives and the last step's outcome; see whether they live."""
+        """Tell the others that rank 0 lives, and what is left to do; see whether they live."""
         self._send(StepBatch())
 
     def stop(self) -> None:
@@ -158,13 +174,20 @@ class Leader:
     def _send(self, batch: StepBatch, *, is_last: bool = False) -> None:
         self._number += 1
         outcome, self._outcome = self._outcome, Outcome.NOTHING
-        if self._group.size == 1:
-            return
-        message = StepMessage(number=self._number, outcome=outcome, batch=batch, is_last=is_last)
-        try:
-            self._group.broadcast_bytes(pickle.dumps(message))
-        except RuntimeError as error:
-            raise GatewayFailedError(f"a rank of this gateway is gone: {error}") from error
+        operations, self._operations = tuple(self._operations), []
+        if self._group.size > 1:
+            message = StepMessage(
+                number=self._number,
+                outcome=outcome,
+                operations=operations,
+                batch=batch,
+                is_last=is_last,
+            )
+            try:
+                self._group.broadcast_bytes(pickle.dumps(message))
+            except RuntimeError as error:
+                raise GatewayFailedError(f"a rank of this gateway is gone: {error}") from error
+        _apply(operations, self._cache)
 
 
 class Follower:
@@ -193,6 +216,7 @@ class Follower:
             self._cache.commit()
         elif message.outcome is Outcome.DISCARD:
             self._cache.discard()
+        _apply(message.operations, self._cache)
         if message.batch.segments:
             self._compute(message)
         return not message.is_last
@@ -203,3 +227,11 @@ class Follower:
         except Exception as error:
             if not self._vote.is_unanimous(message.number):
                 raise GatewayFailedError(f"a step failed on some ranks only: {error!r}") from error
+
+
+def _apply(operations: tuple[CacheOperation, ...], cache: StagedStates) -> None:
+    for operation in operations:
+        try:
+            operation.apply(cache)
+        except Exception as error:
+            raise GatewayFailedError(f"{type(operation).__name__} failed: {error!r}") from error
