@@ -19,7 +19,10 @@ import ray
 from ray._private.node import Node
 from ray._private.state import state as global_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from cluster.control.fence import Fence
 from cluster.control.ports import (
@@ -116,8 +119,7 @@ class RayRuntime:
         actor: Any = ray.remote(_Host).options(**options).remote(spec.body, *spec.arguments)
         process = _Process(actor, gang=spec.gang[0] if spec.gang else "")
         self._processes[spec.id] = process
-        # A call that never returns: its end is the actor's end, noticed within milliseconds.
-        self._watch(spec.id, "hold", actor.hold.remote())
+        self._hold(spec.id)
 
     def adopt(self, process: ProcessId) -> None:
         """Find the actor of a process by its name and watch it."""
@@ -127,7 +129,7 @@ class RayRuntime:
             self._events.put(Died(process, "the process is not there any more"))
             return
         self._processes[process] = _Process(actor)
-        self._watch(process, "hold", actor.hold.remote())
+        self._hold(process)
 
     def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:
         """Call a method of an actor; nothing happens when the actor has died."""
@@ -176,6 +178,12 @@ class RayRuntime:
                     self._nodes[event.process] = event.value.node
                 yield event
 
+    def _hold(self, process: ProcessId) -> None:
+        """Make a call that never returns: its end is the actor's end, noticed in milliseconds."""
+        known = self._processes.get(process)
+        if known is not None:
+            self._watch(process, "hold", known.actor.hold.remote())
+
     def _watch(self, process: ProcessId, method: str, reference: Any) -> None:  # noqa: ANN401
         """Turn the outcome of a call into an event, on Ray's callback thread."""
 
@@ -183,7 +191,11 @@ class RayRuntime:
             self._events.put(Returned(process, method, value))
 
         def on_error(error: BaseException) -> None:
-            self._events.put(_event_of(process, method, error))
+            if method == "hold" and isinstance(error, ray.exceptions.ActorUnavailableError):
+                # Not reached, which is not dead: silence is what counts until it is heard again.
+                threading.Timer(_ASK_AGAIN_S, self._hold, [process]).start()
+            else:
+                self._events.put(_event_of(process, method, error))
 
         future = reference.future()
 
@@ -217,6 +229,8 @@ class RayRuntime:
 
 
 def _event_of(process: ProcessId, method: str, error: BaseException) -> RuntimeEvent:
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return Raised(process, method, "the process is not reached")
     if isinstance(error, ray.exceptions.RayActorError):
         reason = str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
         return Died(process, f"the process ended: {reason}")
@@ -343,7 +357,7 @@ def _leave_out_api_server() -> None:
 
 
 def start_controller(body: type, *arguments: object, name: str) -> ControllerHandle:
-    """Start the controller as a named actor and return a handle to it."""
+    """Start the controller as a named actor, on this node if it can be, and return a handle."""
     actor: Any = (
         ray.remote(body)
         .options(
@@ -353,6 +367,7 @@ def start_controller(body: type, *arguments: object, name: str) -> ControllerHan
             num_cpus=0,
             max_concurrency=_METHODS_AT_ONCE,
             max_restarts=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_name(), soft=True),
         )
         .remote(*arguments)
     )

@@ -405,9 +405,10 @@ class Controller:
     def _watch(self) -> None:
         """Give up whoever is silent and not needed, and whoever never gets on."""
         now_s = self._clock.now_s()
+        alone = self._is_alone(now_s)
         for life in list(self._lives.values()):
             silent_s = life.silent_s(now_s)
-            if silent_s > self._options.lost_s and self._is_spare(life, now_s):
+            if silent_s > self._options.lost_s and not alone and self._is_spare(life, now_s):
                 self._end(life, f"silent for {silent_s:.1f} s")
             elif life.awaited and now_s - life.since_s > self._options.phase_s:
                 self._end(life, f"{life.phase.value} took over {self._options.phase_s:g} s")
@@ -422,6 +423,11 @@ class Controller:
             if w.phase is Phase.SERVE and not self._is_suspect(w, now_s)
         ]
         return self._book.covers(life.member.id, sound)
+
+    def _is_alone(self, now_s: float) -> bool:
+        """Whether so many are silent that it is likelier that this controller is cut off."""
+        silent = sum(self._is_suspect(life, now_s) for life in self._lives.values())
+        return silent > 1 and 2 * silent >= len(self._lives)
 
     def _is_suspect(self, life: Life, now_s: float) -> bool:
         return life.silent_s(now_s) > self._options.silence_s
@@ -497,6 +503,8 @@ class Controller:
                 ]
                 if self._is_suspect(life, now_s):
                     reasons.append(f"{life.member.id} is silent for {life.silent_s(now_s):.1f} s")
+        if self._is_alone(now_s):
+            reasons.append("most members are silent: this controller may be cut off from them")
         for member, watch in self._step_watches.items():
             if stalled_s := watch.stalled_s(now_s):
                 reasons.append(f"{member}: no token has moved for {stalled_s:.0f} s")

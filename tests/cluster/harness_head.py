@@ -1,6 +1,7 @@
 """A Ray head of its own, whose GCS can be killed and started again where it left off."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -8,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 START_S = 60.0
+_RAY = (str(Path(sys.executable).parent / "ray"),)
+_STORE_BYTES = 90_000_000
 
 
 @dataclass
@@ -23,6 +26,16 @@ class Head:
 
     address: str
     directory: Path
+    environment: Mapping[str, str]
+
+    def join(self, host: str, resources: Mapping[str, float], inside: Sequence[str]) -> None:
+        """Start a node of this cluster that is reached at `host`; `inside` goes before commands."""
+        command = [
+            *inside, *_RAY, "start", f"--address={self.address}", f"--node-ip-address={host}",
+            "--num-cpus=2", f"--object-store-memory={_STORE_BYTES}",
+            f"--resources={json.dumps(dict(resources))}",
+        ]  # fmt: skip
+        _started(command, self.environment)
 
     def kill_gcs(self) -> tuple[list[str], dict[str, str], str]:
         """SIGKILL the GCS; returns how to start it again."""
@@ -57,8 +70,17 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_head(storage: str) -> Iterator[Head]:
-    """Run a head whose GCS keeps its tables in `rocksdb` or in a `redis` of its own."""
+def ray_head(
+    storage: str,
+    *,
+    host: str = "127.0.0.1",
+    resources: Mapping[str, float] | None = None,
+    inside: Sequence[str] = (),
+) -> Iterator[Head]:
+    """Run a head whose GCS keeps its tables in `rocksdb`, a `redis` of its own, or `memory`.
+
+    `inside` goes before its command, such as what enters a network namespace.
+    """
     directory = Path(tempfile.mkdtemp(prefix="head-"))
     environment = {
         **os.environ,
@@ -75,19 +97,20 @@ def ray_head(storage: str) -> Iterator[Head]:
         )
         environment["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{port}"
         _wait_for(port)
-    else:
+    elif storage == "rocksdb":
         environment["RAY_gcs_storage"] = "rocksdb"
         environment["RAY_gcs_storage_path"] = str(directory / "tables")
     port = free_port()
-    head = Head(f"127.0.0.1:{port}", directory)
+    head = Head(f"{host}:{port}", directory, environment)
     command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}",
-        "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false",
-        "--object-store-memory=90000000", f"--temp-dir={directory}/t",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+        *inside, *_RAY, "start", "--head", f"--port={port}", f"--node-ip-address={host}",
+        "--num-cpus=2", "--include-dashboard=false", f"--object-store-memory={_STORE_BYTES}",
+        f"--temp-dir={directory}/t", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--resources={json.dumps(dict(resources or {}))}",
     ]  # fmt: skip
     try:
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=START_S)
+        _started(command, environment)
         yield head
     finally:
         for process in head.processes():
@@ -97,6 +120,15 @@ def ray_head(storage: str) -> Iterator[Head]:
             redis.kill()
             redis.wait(10)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _started(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    ended = subprocess.run(
+        command, env=dict(environment), check=False, capture_output=True, text=True, timeout=START_S
+    )
+    assert ended.returncode == 0, (
+        f"{' '.join(command)}: {ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+    )
 
 
 def _wait_for(port: int) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -73,10 +73,13 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def served(*options: str) -> Iterator[Served]:
-    """Run `expertmesh serve` with a free port; it is ended by SIGTERM."""
+def served(*options: str, host: str = "127.0.0.1", inside: Sequence[str] = ()) -> Iterator[Served]:
+    """Run `expertmesh serve` with a free port; it is ended by SIGTERM.
+
+    `inside` goes before the command, such as what enters a network namespace.
+    """
     command = [
-        sys.executable, "-m", "expertmesh", "serve", "--listen", "127.0.0.1:0", *options,
+        *inside, sys.executable, "-m", "expertmesh", "serve", "--listen", f"{host}:0", *options,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

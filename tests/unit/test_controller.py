@@ -390,6 +390,32 @@ def test_a_silent_worker_whose_experts_nobody_else_can_hold_is_kept() -> None:
     assert any("cannot hold" in reason for reason in bench.controller.status().reasons)
 
 
+def test_a_controller_that_hears_hardly_anybody_takes_itself_for_the_one_that_is_cut_off() -> None:
+    bench = Bench(workers=4, floor=2, ranks=1)
+    bench.ticks()
+    silent = [*bench.runtime.named("expert_worker-1"), *bench.runtime.named("gateway-0")]
+    silent += bench.runtime.named("frontdoor-0")
+    assert len(silent) == 3
+    bench.runtime.mute |= {(process, "pulse") for process in silent}
+
+    bench.ticks(100)
+
+    assert set(silent) <= bench.runtime.specs.keys()
+    assert any("cut off" in reason for reason in bench.controller.status().reasons)
+
+
+def test_a_silent_gateway_is_replaced() -> None:
+    bench = Bench(workers=4, floor=2, ranks=1)
+    bench.ticks()
+    (silent,) = bench.runtime.named("gateway-0")
+    bench.runtime.mute.add((silent, "pulse"))
+
+    bench.ticks(100)
+
+    assert silent in bench.runtime.killed
+    assert bench.controller.status().ready
+
+
 def test_a_worker_on_a_draining_node_is_replaced_and_then_drained() -> None:
     bench = Bench(workers=2, floor=1)
     bench.ticks()
