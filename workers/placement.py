@@ -62,7 +62,7 @@ class Member:
     @property
     def serves(self) -> bool:
         """Whether calls may be sent to it; a draining one still serves what nobody else holds."""
-        return self.state in {MemberState.ACTIVE, MemberState.DRAINING}
+        return self.state is MemberState.ACTIVE or self.state is MemberState.DRAINING
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -36,7 +36,7 @@ def assign(
     the urgent ones where rows wait for them; one that serves gets a few at a time. `rescue_only`:
     somebody is still coming who will take a share.
     """
-    ready = [w for w in crew if w.phase in {Phase.STANDBY, Phase.LOAD, Phase.SERVE}]
+    ready = [w for w in crew if w.is_settled and w.phase is not Phase.DRAIN]
     if not ready:
         return Assignment()
     serving = any(w.phase is Phase.SERVE for w in ready)

@@ -13,7 +13,7 @@ from typing import Any, assert_never
 import structlog
 
 from cluster.control.assignment import Assignment, assign
-from cluster.control.lifecycle import Life, Phase, adopted
+from cluster.control.lifecycle import PULSING, Life, Phase, adopted
 from cluster.control.options import ControllerOptions, Desired
 from cluster.control.ports import (
     Died,
@@ -476,7 +476,7 @@ class Controller:
             return
         self._pulsed_s = self._clock.now_s()
         for life in self._lives.values():
-            if life.phase in {Phase.SERVE, Phase.STANDBY, Phase.DRAIN}:
+            if life.phase in PULSING:
                 for process in sorted(set(life.processes) - life.asked):
                     life.asked.add(process)
                     self._call(process, "pulse")

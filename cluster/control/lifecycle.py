@@ -26,7 +26,10 @@ class Phase(Enum):
     END = "end"
 
 
-RESTING = frozenset({Phase.STANDBY, Phase.SERVE, Phase.END})  # no call: left when somebody decides
+# Tuples, not sets: looked at in every tick, and Python hashes a member of an enumeration slowly.
+RESTING = (Phase.STANDBY, Phase.SERVE, Phase.END)  # no call: left when somebody decides
+PULSING = (Phase.STANDBY, Phase.SERVE, Phase.DRAIN)  # asked for a pulse now and then
+_SETTLED = (Phase.STANDBY, Phase.LOAD, Phase.SERVE, Phase.DRAIN)
 
 # A worker opens its links before it has experts, so that it can stand by with nothing but a load
 # between it and serving; a gateway begins to listen when it has its weights.
@@ -80,13 +83,11 @@ class Life:
     @property
     def is_settled(self) -> bool:
         """Whether it has come as far as it can without experts."""
-        return self.phase in {Phase.STANDBY, Phase.LOAD, Phase.SERVE, Phase.DRAIN}
+        return self.phase in _SETTLED
 
     def silent_s(self, now_s: float) -> float:
         """Return for how long the quietest process has not been heard; 0 before it must be."""
-        if self.phase not in {Phase.STANDBY, Phase.SERVE, Phase.DRAIN}:
-            return 0.0
-        return now_s - min(self.heard_s.get(p, self.since_s) for p in self.processes)
+        return now_s - min(self.heard_s.values()) if self.phase in PULSING else 0.0
 
     def next_phase(self) -> Phase:
         """Return the phase that follows."""
@@ -118,7 +119,7 @@ def adopted(member: Member, processes: tuple[ProcessId, ...], now_s: float) -> L
     Whatever was half done is given up: only who served, or stood by, goes on.
     """
     is_worker = member.role is Role.EXPERT_WORKER
-    serves = member.state in {MemberState.ACTIVE, MemberState.DRAINING}
+    serves = member.serves
     if not serves and not (is_worker and member.state is MemberState.WARM):
         return None
     life = Life(member, processes, enlisted=serves)

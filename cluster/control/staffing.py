@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from cluster.control.lifecycle import Life, Phase
 from cluster.control.options import Desired
@@ -30,15 +31,15 @@ def staff(role: Role, lives: Collection[Life], wanted: int, standby: int = 0) ->
     mine = [life for life in lives if life.role is role]
     staying = sorted((w for w in mine if not w.leaving), key=_seniority)
     taken = {life.member.id.name for life in mine}
-    names = (name for i in range(len(mine) + wanted + standby) if (name := f"{role.value}-{i}"))
-    free = [name for name in names if name not in taken]
     missing = max(wanted + standby - len(staying), 0)
+    names = (f"{role.value}-{i}" for i in range(len(taken) + missing))
+    free = (name for name in names if name not in taken)
     enlisted = [w for w in staying if w.enlisted]
     waiting = [w for w in staying if not w.enlisted]
     vacancies = max(wanted - len(enlisted), 0)
     surplus = enlisted[wanted:] or waiting[vacancies + standby :]
     return Orders(
-        start=tuple(free[:missing]),
+        start=tuple(islice(free, missing)),
         enlist=tuple(w.member.id for w in waiting[:vacancies]),
         dismiss=tuple(w.member.id for w in surplus),
     )

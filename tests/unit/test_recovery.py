@@ -248,6 +248,24 @@ def test_a_lost_hedge_is_not_replaced_while_its_original_is_awaited():
     assert lab.winners() == ["reply to 3"]
 
 
+@pytest.mark.parametrize("ends", ["lost", "stale"])
+def test_a_hedge_that_brings_nothing_makes_its_original_overdue_at_once(ends):
+    lab = Lab([[1]])
+    original = lab.send(lab.need(), W[0], deadline_s=1.0)
+    assert lab.call.overdue(1.0) == [original]
+    original.deadline_s = 2.0
+    hedge = lab.send(lab.call.hedge(original), W[1], deadline_s=2.0)
+    assert not lab.call.overdue(1.1)
+    if ends == "lost":
+        lab.call.link_lost(W[1], 1)
+    else:
+        assert lab.answer(hedge, [0])
+
+    assert lab.call.overdue(1.1) == [original]
+    assert lab.answer(lab.send(lab.call.hedge(original), W[2]))
+    assert lab.winners() == ["reply to 3"]
+
+
 def test_a_lost_original_is_not_replaced_while_its_hedge_is_awaited():
     lab = Lab([[1]])
     original = lab.send(lab.need(), W[0])

@@ -11,6 +11,7 @@ exchange runs this over links, the simulator over a simulated network.
 """
 
 import bisect
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -192,7 +193,8 @@ class LayerCall:
         group = attempt.group
         assert group is not None
         if group.parent is not None and not group.parent.answered and not group.parent.lost:
-            group.dropped = True  # a hedge that failed: its original is still awaited
+            group.dropped = True  # a hedge that failed: its original is still awaited,
+            group.parent.deadline_s = -math.inf  # and overdue at once: somebody else may have it
         elif group.waiting is None:  # as if never sent: else a long wait would nest ever deeper
             group.attempts.remove(attempt)
             group.num_open -= 1
