@@ -131,12 +131,12 @@ def engines(size: str, threads: int) -> Iterator[dict[str, Step]]:
         directory = Path(name)
         model = make_checkpoint(directory, size)
         local = Reference(directory, context_tokens=room, num_sequences=max(BATCHES))
-        with expert_workers(directory, 2) as dispatcher:
+        with expert_workers(directory, 2) as crew:
             linked = Reference(
                 directory,
                 context_tokens=room,
                 num_sequences=max(BATCHES),
-                dispatcher=dispatcher,
+                dispatcher=crew.dispatcher,
             )
             yield {
                 "transformers": of_transformers(model),

@@ -3,12 +3,14 @@
 import contextlib
 import multiprocessing as mp
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from cluster.control.planner import place, slots_needed
+from tests.bench.harness_plain import plain_worker
 from workers.clock import SystemClock
 from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.options import DispatchOptions, MessageShape
@@ -37,13 +39,33 @@ def _run(directory: Path, member: MemberId, num_slots: int, pipe: Connection) ->
     worker.start()
     worker.adopt(view)
     pipe.send("started")
-    pipe.recv()  # until the other end says so, or is gone
+    with contextlib.ExitStack() as changes, contextlib.suppress(EOFError):
+        while (order := pipe.recv()) != "end":  # or until the other end is gone
+            changes.close()
+            if order == "plain":
+                changes.enter_context(plain_worker())
+            pipe.send(order)
     worker.close()
 
 
+@dataclass(frozen=True)
+class Crew:
+    """A dispatcher to expert workers, and a hand on them."""
+
+    dispatcher: LinkDispatcher
+    pipes: list[Connection]
+
+    def set_plain(self, *, plain: bool) -> None:
+        """Switch recovery off, or on again, at the workers' end; while no call is under way."""
+        for pipe in self.pipes:
+            pipe.send("plain" if plain else "recover")
+            assert pipe.poll(START_S)
+            pipe.recv()
+
+
 @contextlib.contextmanager
-def expert_workers(directory: Path, count: int) -> Iterator[LinkDispatcher]:
-    """Start `count` workers that hold a checkpoint's experts; yields a dispatcher to them."""
+def expert_workers(directory: Path, count: int) -> Iterator[Crew]:
+    """Start `count` workers that hold a checkpoint's experts."""
     config = ModelConfig.load(directory)
     gateway = MemberId("gateway-0", 1)
     dispatcher = LinkDispatcher(
@@ -91,7 +113,7 @@ def expert_workers(directory: Path, count: int) -> Iterator[LinkDispatcher]:
             assert pipe.recv() == "started"
         dispatcher.adopt(view)
         dispatcher.wait_ready(START_S)
-        yield dispatcher
+        yield Crew(dispatcher, pipes)
     finally:
         dispatcher.close()
         for pipe in pipes:
