@@ -79,6 +79,14 @@ accept-controller: ## Kill the controller 50 times under load; writes reports/co
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.chaos controller --json reports/controller.json
 
+accept-cuts: ## Cut a host off under load, for 3 s and for longer (root); writes reports/cuts.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.cuts --json reports/cuts.json
+
+accept-overhead: ## Measure what recovery costs while nothing fails; writes reports/overhead.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.bench.bench_recovery --json reports/overhead.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -98,4 +106,5 @@ export TORCH_INDEX
 .NOTPARALLEL:
 .PHONY: demo test test-unit test-full test-gpu lint format pb bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
-	accept-last-copy accept-controller accept-head accept-fault-lab clean help
+	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
+	clean help

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from cluster.config import ClusterConfig, ray_environment
+from cluster.config import ClusterConfig, ProcessSection, ray_environment
 from cluster.control.controller import Blueprint, Controller
 from cluster.control.journal import DirectoryJournal
 from cluster.control.options import ControllerOptions, Desired
@@ -18,6 +18,7 @@ from cluster.control.status import ClusterStatus
 from cluster.runtime import CONTROLLER_NAME, RayRuntime, node_name, was_restarted
 from cluster.telemetry import configure_logging
 from workers.clock import SystemClock
+from workers.dispatch.nccl_environment import NCCL_ENVIRONMENT
 from workers.errors import ConfigError
 from workers.placement import Member, MemberId, MemberState, Placement, Role
 
@@ -95,7 +96,7 @@ def blueprints_of(
                 num_gpus=config.gateways.num_gpus,
                 resources=config.gateways.resources,
                 gang=(str(member), size) if size > 1 else None,
-                environment=_environment(config.gateways.threads),
+                environment=_environment(config.gateways),
             )
             for rank in range(size)
         )
@@ -110,7 +111,7 @@ def blueprints_of(
                 num_cpus=config.experts.num_cpus,
                 num_gpus=config.experts.num_gpus,
                 resources=config.experts.resources,
-                environment=_environment(config.experts.threads),
+                environment=_environment(config.experts),
             ),
         )
 
@@ -131,7 +132,7 @@ def blueprints_of(
                 ),
                 num_cpus=config.front_doors.num_cpus,
                 resources=config.front_doors.resources,
-                environment=_environment(config.front_doors.threads),
+                environment=_environment(config.front_doors),
             ),
         )
 
@@ -213,9 +214,11 @@ class ControllerBody:
             os._exit(1)  # a process that answers while its loop is dead would look healthy
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(section: ProcessSection) -> dict[str, str]:
     """Return what a process must find in its environment before it imports anything."""
+    threads = str(section.threads)
     return {
         **ray_environment(),
-        **{name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
+        **(NCCL_ENVIRONMENT if section.num_gpus else {}),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
     }

@@ -7,10 +7,10 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from workers.errors import ConfigError
 
@@ -100,6 +100,8 @@ class FrontDoorSection(ProcessSection):
 class DispatchSection(_Section):
     """Links between gateway ranks and expert workers."""
 
+    transport: Literal["gloo", "nccl"] = "gloo"
+    """What carries the rows: Gloo over host memory (pinned on GPUs), or NCCL between GPUs."""
     bit_stable: bool = False
     """Tokens independent, to the bit, of batch and placement; slower."""
     capacity_rows: PositiveCount = 512
@@ -146,6 +148,14 @@ class ClusterConfig(_Section):
     dispatch: DispatchSection = DispatchSection()
     control: ControlSection = ControlSection()
     telemetry: TelemetrySection = TelemetrySection()
+
+    @model_validator(mode="after")
+    def _check_transport(self) -> Self:
+        if self.dispatch.transport == "nccl" and not (
+            self.gateways.num_gpus and self.experts.num_gpus
+        ):
+            raise ValueError("dispatch.transport: nccl needs num_gpus of gateways and of experts")
+        return self
 
 
 def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> ClusterConfig:
@@ -222,6 +232,8 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
 
 def _problem(error: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # a rule over several keys, which names them
+        return f"{path}{': ' if path else ''}{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
         return f"{path}: {error['msg']} (got {error['input']!r})"
     known = _keys_of(error["loc"][:-1])

@@ -8,7 +8,7 @@ from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import GatewayEndpoint
 from cluster.runtime import node_address, node_name
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
-from workers.dispatch.options import DispatchOptions
+from workers.dispatch.options import DispatchOptions, Transport
 from workers.gateway.options import GatewayOptions
 from workers.gateway.worker import GatewaySpec, GatewayWorker
 from workers.mesh import Rendezvous
@@ -105,6 +105,7 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         num_threads=section.threads,
         device=device,
         dispatch=DispatchOptions(
+            transport=Transport(config.dispatch.transport),
             device=device,
             bit_stable=config.dispatch.bit_stable,
             capacity_rows=config.dispatch.capacity_rows,

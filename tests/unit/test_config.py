@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from cluster.app import ModelFacts, blueprints_of
 from cluster.config import load_config
 from workers.errors import ConfigError
+from workers.placement import MemberId, Role
 
 
 def test_defaults_are_complete() -> None:
@@ -34,6 +36,27 @@ def test_all_problems_are_listed_with_their_paths_and_a_suggestion() -> None:
     assert "experts.wokers: unknown key; did you mean workers?" in text
     assert "gateways.count" in text
     assert "telemetry.log_level" in text
+
+
+def test_rows_go_over_nccl_only_between_gpus() -> None:
+    gpus = ["gateways.num_gpus=1", "experts.num_gpus=1"]
+
+    assert load_config(None, ["dispatch.transport=nccl", *gpus]).dispatch.transport == "nccl"
+    with pytest.raises(ConfigError, match="needs num_gpus of gateways and of experts"):
+        load_config(None, ["dispatch.transport=nccl", gpus[0]])
+
+
+def test_a_process_with_a_gpu_finds_what_nccl_must_know_before_it_starts() -> None:
+    config = load_config(None, ["experts.num_gpus=1"])
+    model = ModelFacts(directory="", name="m", num_layers=1, num_experts=1, weights_version="v")
+    blueprints = blueprints_of(config, model, 1, "127.0.0.1")
+    member = MemberId("any-0", 1)
+    (worker,), (gateway,) = (
+        blueprints[role](member) for role in (Role.EXPERT_WORKER, Role.GATEWAY)
+    )
+
+    assert worker.environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in gateway.environment
 
 
 @pytest.mark.parametrize("setting", ["experts", "=3", "model.path.deeper=1=2"])

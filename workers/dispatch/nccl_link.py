@@ -24,20 +24,6 @@ from workers.dispatch.gloo_link import GlooLink
 from workers.dispatch.header import Frame, Header, ReplyFrame, RequestFrame
 from workers.errors import LinkClosedError
 
-# What a process that opens NCCL links must have in its environment before it imports torch: by
-# default the library kills the process when an operation fails or is late.
-NCCL_ENVIRONMENT = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_PROPAGATE_ERROR": "0",
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
-    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "10",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    "NCCL_MAX_NCHANNELS": "2",
-    "NCCL_BUFFSIZE": "1048576",
-}
-
 _POLL_S = 20e-6
 
 
