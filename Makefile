@@ -7,12 +7,12 @@ demo: ## Start every role on this machine, ask the shipped model a question and 
 
 test: ## Run the tests: unit, ranks, conformance, and samples of the long matrix on a real cluster
 	@tools/bootstrap.sh dev
-	@$(PYTEST) -n 2 tests/unit
+	@$(PYTEST) -n 2 tests/unit clients/python/tests
 	@$(PYTEST) -m "not gpu and not full" --durations=10 tests/conformance tests/ranks tests/cluster tests/chaos
 
 test-unit: ## Run the unit tests only: no process, no socket
 	@tools/bootstrap.sh dev
-	@$(PYTEST) -n 2 tests/unit
+	@$(PYTEST) -n 2 tests/unit clients/python/tests
 
 test-full: ## Run the long matrix too
 	@tools/bootstrap.sh dev
@@ -31,7 +31,7 @@ format: ## Bring the code into its format
 	@tools/bootstrap.sh dev
 	@$(BIN)/ruff format && $(BIN)/ruff check --fix
 
-pb: ## Generate cluster/pb from proto/
+pb: ## Generate cluster/pb and the client's copy from proto/
 	@tools/bootstrap.sh dev
 	@tools/generate_pb.sh
 

@@ -41,7 +41,7 @@ case "$what" in
     *) fail "asked for '$what'; it is 'run' or 'dev'" ;;
 esac
 
-wanted="$(cat pyproject.toml "$constraints" | sha256sum | cut -d' ' -f1) ${TORCH_INDEX:-}"
+wanted="$(cat pyproject.toml clients/python/pyproject.toml "$constraints" | sha256sum | cut -d' ' -f1) ${TORCH_INDEX:-}"
 for done in "$what" dev; do
     if [ "$(cat "$venv/.bootstrap-$done" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c ''; then
         exit 0
@@ -77,7 +77,7 @@ else
     quietly_pip install --constraint "$constraints" "$torch"
 fi
 
-step "4/4 expertmesh and the packages that it needs ($what)"
-quietly_pip install --constraint "$constraints" --editable . "${groups[@]}"
+step "4/4 expertmesh, its client library, and the packages that they need ($what)"
+quietly_pip install --constraint "$constraints" --editable . --editable clients/python "${groups[@]}"
 echo "$wanted" >"$venv/.bootstrap-$what"
 printf '\n== set up in %d s; %s holds %s\n' $((SECONDS - started)) "$venv" "$(du -sh "$venv" | cut -f1)"

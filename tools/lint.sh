@@ -17,14 +17,16 @@ generated_code_is_fresh() (
     copy="$(mktemp -d)"
     trap 'rm -rf "$copy"' EXIT
     mkdir "$copy/cluster"
-    cp -r proto tools "$copy"
+    cp -r proto tools clients "$copy"
     cp -r cluster/pb "$copy/cluster"
     find "$copy" -name '*_pb2*' -delete
     PYTHON="$bin/python" "$copy/tools/generate_pb.sh"
-    diff -r --exclude=__pycache__ cluster/pb "$copy/cluster/pb" || {
-        echo "cluster/pb is not what proto/ generates: run make pb" >&2
-        return 1
-    }
+    for pb in cluster/pb clients/python/src/expertmesh_client/_pb; do
+        diff -r --exclude=__pycache__ "$pb" "$copy/$pb" || {
+            echo "$pb is not what proto/ generates: run make pb" >&2
+            return 1
+        }
+    done
 )
 
 wire_contracts() (

@@ -1,0 +1,260 @@
+"""The client for programs with an event loop; it is made inside of it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from typing import Self, TypeAlias, TypeVar, Unpack
+
+import grpc
+
+from expertmesh_client import translate
+from expertmesh_client._pb.expertmesh.v1 import inference_pb2 as pb
+from expertmesh_client._pb.expertmesh.v1 import inference_pb2_grpc as rpc
+from expertmesh_client.calls import AnyJourney, Calls
+from expertmesh_client.channel import (
+    MAX_MESSAGE_BYTES,
+    Targets,
+    call_metadata,
+    channel_options,
+    targets_of,
+)
+from expertmesh_client.clock import now_s
+from expertmesh_client.collect import Collector
+from expertmesh_client.errors import ExpertmeshError
+from expertmesh_client.journey import Attempt, BrokenStreamError
+from expertmesh_client.retry import Retries, RetryPolicy
+from expertmesh_client.types import Answer, Message, Model, RequestOptions, Tool, Update
+
+_Asked = TypeVar("_Asked")
+_Answered = TypeVar("_Answered")
+_Call: TypeAlias = (
+    grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
+    | grpc.aio.UnaryStreamCall[pb.ChatRequest, pb.ChatResponse]
+)
+_Send = Callable[[Attempt[pb.GenerateRequest] | Attempt[pb.ChatRequest]], _Call]
+
+
+class AsyncStream:
+    """An answer as it comes: iterate over its updates, or let `collect` wait for all of it.
+
+    A stream that is not read to its end is closed, by `close` or at the end of an `async with`.
+    """
+
+    def __init__(self, journey: AnyJourney, send: _Send) -> None:
+        self._journey = journey
+        self._send = send
+        self._collector = Collector()
+        self._updates = self._carry()
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the request is sent."""
+        return self._journey.request_id
+
+    @property
+    def seed(self) -> int | None:
+        """The seed in use; None until the server has told it."""
+        return self._journey.seed
+
+    async def collect(self) -> Answer:
+        """Wait for the rest, and return the whole answer, what was iterated over included.
+
+        Raises:
+            ExpertmeshError: It has failed.
+        """
+        async for _ in self:
+            pass
+        return self._collector.answer(self.request_id, self.seed or 0)
+
+    async def close(self) -> None:
+        """End the request, whatever is still to come of it."""
+        await self._updates.aclose()
+
+    def __aiter__(self) -> AsyncIterator[Update]:
+        return self
+
+    async def __anext__(self) -> Update:
+        update = await anext(self._updates)
+        self._collector.add(update)
+        return update
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _carry(self) -> AsyncGenerator[Update, None]:
+        """Send the request as often as it takes."""
+        journey = self._journey
+        while True:
+            for update in journey.cancelled_rest():
+                yield update
+            if journey.is_complete:
+                return
+            ended: grpc.RpcError | BrokenStreamError
+            ended = BrokenStreamError("the stream ended before its sequences did")
+            call = self._send(journey.begin(now_s()))
+            try:
+                async for response in call:
+                    new = journey.take(response, now_s())
+                    if new is not None:
+                        yield new
+            except (grpc.RpcError, BrokenStreamError) as error:
+                ended = error
+            finally:
+                call.cancel()
+            if not journey.is_complete:
+                await asyncio.sleep(journey.end(ended, now_s()))
+
+
+class AsyncClient:
+    """Calls the front doors of a cluster; whatever breaks on the way there is not the caller's.
+
+    Args:
+        target: HOST:PORT, or dns:///NAME:PORT for all addresses of a name; several of them are used
+            in turn, and a request whose target fails goes on at the next one.
+        api_key: Who calls; sent with every call. Use `credentials` too, or a trusted network.
+        credentials: Makes the channels TLS; see `tls_credentials`.
+        server_name: The name in the server's certificate, where it is not the target's.
+        model: What is asked for where a call names no model; empty for the only one.
+        retry: When, and how often, a call is sent again.
+        max_message_bytes: The largest message that is sent or taken.
+        seed: Fixes the jitter of retries and the order of targets.
+    """
+
+    def __init__(
+        self,
+        target: Targets,
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+        model: str = "",
+        retry: RetryPolicy | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        seed: int | None = None,
+    ) -> None:
+        targets = targets_of(target)
+        options = channel_options(max_message_bytes, server_name)
+        self._channels = [
+            grpc.aio.insecure_channel(name, options)
+            if credentials is None
+            else grpc.aio.secure_channel(name, credentials, options)
+            for name in targets
+        ]
+        self._stubs = [rpc.InferenceServiceStub(channel) for channel in self._channels]
+        self._metadata = call_metadata(api_key)
+        self._calls = Calls(len(targets), retry or RetryPolicy(), model=model, seed=seed)
+
+    def generate(
+        self, prompt: str | Sequence[int], **options: Unpack[RequestOptions]
+    ) -> AsyncStream:
+        """Continue a prompt, given as text or token ids; no chat template is applied."""
+        return AsyncStream(self._calls.generate(prompt, options), self._send)
+
+    def chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        tools: Iterable[Tool] = (),
+        enable_thinking: bool | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncStream:
+        """Answer a conversation, with reasoning, content and tool calls told apart.
+
+        Args:
+            messages: The turns so far.
+            tools: What the model may call.
+            enable_thinking: Whether it reasons first; None for what its template does.
+            options: What any request may be given.
+        """
+        return AsyncStream(self._calls.chat(messages, tools, enable_thinking, options), self._send)
+
+    async def tokenize(
+        self, text: str, *, model: str | None = None, timeout_s: float = 30.0
+    ) -> tuple[int, ...]:
+        """Return the token ids of a text."""
+        request = pb.TokenizeRequest(model=self._calls.model(model), text=text)
+        response = await self._ask(
+            lambda stub: stub.Tokenize, request, self._calls.retries(timeout_s)
+        )
+        return tuple(response.token_ids)
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str | None = None,
+        timeout_s: float = 30.0,
+    ) -> str:
+        """Return the text of token ids."""
+        request = pb.DetokenizeRequest(
+            model=self._calls.model(model),
+            token_ids=token_ids,
+            skip_special_tokens=skip_special_tokens,
+        )
+        retries = self._calls.retries(timeout_s)
+        response = await self._ask(lambda stub: stub.Detokenize, request, retries)
+        return response.text
+
+    async def list_models(self, *, timeout_s: float = 30.0) -> list[Model]:
+        """Return what the cluster serves."""
+        retries = self._calls.retries(timeout_s)
+        response = await self._ask(lambda stub: stub.ListModels, pb.ListModelsRequest(), retries)
+        return list(map(translate.model_of, response.models))
+
+    async def cancel(self, request_id: str, *, timeout_s: float = 30.0) -> None:
+        """End a request of this caller, wherever it was begun: its stream ends as CANCELLED.
+
+        Every target is asked; behind one name with several addresses, only one of them.
+
+        Raises:
+            NotFoundError: It does not run there.
+        """
+        request = pb.CancelRequest(request_id=request_id)
+        refusals: list[ExpertmeshError] = []
+        for target in range(self._calls.num_targets):
+            retries = self._calls.retries(timeout_s, request_id, target=target)
+            try:
+                await self._ask(lambda stub: stub.Cancel, request, retries)
+            except ExpertmeshError as error:
+                refusals.append(error)
+            else:
+                refusals.clear()
+                break
+        self._calls.cancelled(request_id, refusals)
+
+    async def close(self) -> None:
+        """Close the connections; streams that still run end."""
+        for channel in self._channels:
+            await channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _send(self, attempt: Attempt[pb.GenerateRequest] | Attempt[pb.ChatRequest]) -> _Call:
+        stub, request = self._stubs[attempt.target], attempt.request
+        if isinstance(request, pb.ChatRequest):
+            return stub.Chat(request, timeout=attempt.timeout_s, metadata=self._metadata)
+        return stub.Generate(request, timeout=attempt.timeout_s, metadata=self._metadata)
+
+    async def _ask(
+        self,
+        method: Callable[
+            ["rpc.InferenceServiceAsyncStub"], grpc.aio.UnaryUnaryMultiCallable[_Asked, _Answered]
+        ],
+        request: _Asked,
+        retries: Retries,
+    ) -> _Answered:
+        """Make a call with one answer, as often as it takes."""
+        while True:
+            timeout_s = retries.begin(now_s())
+            ask = method(self._stubs[retries.target])
+            try:
+                return await ask(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                await asyncio.sleep(retries.after(translate.failure_of(error), now_s()))
