@@ -2,8 +2,8 @@
 
     python examples/errand.py --server HOST:PORT "Ship order 123 to Oslo and tell ann@example.com."
 
-A client in plain grpcio. It sends the conversation through `Chat`, runs the calls that come back,
-adds their results, and goes on until the model answers without a call. The tools work on a small
+It sends the conversation through `Client.chat`, runs the calls that come back, adds their results,
+and goes on until the model answers without a call. The tools work on a small
 office that lives in this process only: nothing is shipped and no mail leaves. Ends with status 1
 when the model is not done after `--rounds`.
 """
@@ -19,10 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
-
-from cluster.pb.expertmesh.v1 import inference_pb2 as pb
-from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from expertmesh_client import Client, Message, Sampling, Stopping, Tool, ToolCall
 
 GOAL = "Ship order 123 to Oslo and tell ann@example.com."
 TYPES = {int: "integer", str: "string"}
@@ -38,7 +35,7 @@ OPERATORS: dict[type, Callable[[float, float], float]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-CALL_DEADLINE_S = 120.0
+ANSWER_DEADLINE_S = 120.0
 
 
 class ToolError(Exception):
@@ -114,15 +111,15 @@ def evaluated(node: ast.expr) -> float:
             raise ToolError("only numbers, + - * / and brackets can be calculated")
 
 
-def offered(names: list[str]) -> Iterator[pb.Tool]:
+def offered(names: list[str]) -> Iterator[Tool]:
     """Yield the tools as the model is to see them."""
     for name in names:
         properties = {key: {"type": TYPES[kind]} for key, kind in TOOLS[name].items()}
         schema = {"type": "object", "properties": properties, "required": list(properties)}
-        yield pb.Tool(name=name, parameters=json.dumps(schema))
+        yield Tool(name, parameters=schema)
 
 
-def carried_out(office: Office, call: pb.ToolCall) -> dict[str, object]:
+def carried_out(office: Office, call: ToolCall) -> dict[str, object]:
     """Run one call; a mistake of the model's is answered too, and it may try again."""
     try:
         arguments = checked_arguments(call)
@@ -132,49 +129,51 @@ def carried_out(office: Office, call: pb.ToolCall) -> dict[str, object]:
     return result
 
 
-def checked_arguments(call: pb.ToolCall) -> dict[str, Any]:
+def checked_arguments(call: ToolCall) -> dict[str, Any]:
     """Return the arguments of a call that names a tool and gives it what it takes."""
     wanted = TOOLS.get(call.name)
     if wanted is None:
         raise ToolError(f"there is no tool {call.name}")
-    arguments: dict[str, Any] = json.loads(call.arguments)
+    arguments = call.values
     if {key: type(value) for key, value in arguments.items()} != wanted:
         names = ", ".join(f"{key}: {TYPES[kind]}" for key, kind in wanted.items())
         raise ToolError(f"{call.name} takes {names}")
     return arguments
 
 
-def answer(stub: InferenceServiceStub, request: pb.ChatRequest) -> pb.Message:
+def answer(client: Client, history: list[Message], given: argparse.Namespace) -> Message:
     """Send the conversation and print the answer as it comes."""
-    reply = pb.Message(role="assistant")
-    reasoning = ""
-    for response in stub.Chat(request, timeout=CALL_DEADLINE_S):
-        if reasoning and response.content and not reply.content:
+    stream = client.chat(
+        history,
+        tools=offered(given.tools),
+        enable_thinking=given.thinking,
+        sampling=Sampling(temperature=0),
+        stopping=Stopping(max_tokens=256),
+        timeout_s=ANSWER_DEADLINE_S,
+    )
+    is_reasoning = False
+    for update in stream:
+        if is_reasoning and update.text:
             print()
-        reasoning += response.reasoning
-        reply.content += response.content
-        reply.tool_calls.extend(response.tool_calls)
-        print(response.reasoning + response.content, end="", flush=True)
-    if reasoning:
-        reply.reasoning = reasoning
-    return reply
+        is_reasoning = bool(update.reasoning) or (is_reasoning and not update.text)
+        print(update.reasoning + update.text, end="", flush=True)
+    return stream.collect().message
 
 
-def run_errand(
-    stub: InferenceServiceStub, office: Office, request: pb.ChatRequest, rounds: int
-) -> bool:
+def run_errand(client: Client, office: Office, given: argparse.Namespace) -> bool:
     """Go on until the model answers without a call; says whether it did within the rounds."""
-    for _ in range(rounds):
+    history = [Message("user", given.goal)]
+    for _ in range(given.rounds):
         print("model: ", end="")
-        reply = answer(stub, request)
-        request.messages.append(reply)
+        reply = answer(client, history, given)
+        history.append(reply)
         if not reply.tool_calls:
             print()
             return True
         for call in reply.tool_calls:
             result = json.dumps(carried_out(office, call))
             print(f"\n  calls {call.name} {call.arguments}\n  and is told {result}")
-            request.messages.add(role="tool", content=result, tool_call_id=call.id)
+            history.append(Message("tool", result, tool_call_id=call.id))
     return False
 
 
@@ -193,17 +192,10 @@ def main() -> int:
         help="what to offer; the demo model has never seen more than three at once",
     )
     given = parser.parse_args()
-    request = pb.ChatRequest(
-        messages=[pb.Message(role="user", content=given.goal)],
-        tools=list(offered(given.tools)),
-        enable_thinking=given.thinking,
-        sampling=pb.Sampling(temperature=0),
-        stopping=pb.Stopping(max_tokens=256),
-    )
     office = Office()
     print(f"user: {given.goal}")
-    with grpc.insecure_channel(given.server) as channel:
-        done = run_errand(InferenceServiceStub(channel), office, request, given.rounds)
+    with Client(given.server) as client:
+        done = run_errand(client, office, given)
     for order_id, city in office.shipments.items():
         print(f"booked: order {order_id} to {city}")
     for to, text in office.mails:
