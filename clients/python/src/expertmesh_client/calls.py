@@ -14,6 +14,8 @@ from expertmesh_client.journey import Journey
 from expertmesh_client.retry import Retries, RetryPolicy
 from expertmesh_client.types import Message, RequestOptions, Tool
 
+_ASK_AGAIN_S = 0.05
+
 AnyJourney = Journey[pb.GenerateRequest] | Journey[pb.ChatRequest]
 
 
@@ -78,20 +80,53 @@ class Calls:
             request_id=request_id,
         )
 
-    def cancelled(self, request_id: str, refusals: Sequence[ExpertmeshError]) -> None:
-        """Take what the targets said to a Cancel; nothing when one of them has done it.
-
-        Raises:
-            ExpertmeshError: The request may run on.
-        """
+    def cancellation(self, request_id: str, timeout_s: float) -> "Cancellation":
+        """Return the way to end a request; if it is under way here, it is not sent again."""
         journey = self._journeys.get(request_id)
-        is_here = journey is not None and not journey.is_complete
-        unsure = [error for error in refusals if not isinstance(error, NotFoundError)]
-        if unsure or (refusals and not is_here):
-            raise (unsure or refusals)[0]
         if journey is not None:
-            journey.cancel()  # it is not sent again
+            journey.cancel()
+        return Cancellation(journey, self.num_targets, deadline_s=now_s() + timeout_s)
 
     def _completed(self, options: RequestOptions) -> RequestOptions:
         request_id = options.get("request_id") or uuid.uuid4().hex
         return {**options, "request_id": request_id, "model": self.model(options.get("model"))}
+
+
+class Cancellation:
+    """Asks one target after the other to end a request, until one of them has.
+
+    A request of this client may be between two targets: it is asked for until it has ended.
+
+    Args:
+        journey: The request, if it is under way here.
+        num_targets: How many may know it.
+        deadline_s: When to stop asking.
+    """
+
+    def __init__(self, journey: AnyJourney | None, num_targets: int, *, deadline_s: float) -> None:
+        self.target = 0
+        self._journey = journey
+        self._num_targets = num_targets
+        self._deadline_s = deadline_s
+        self._refusals: list[ExpertmeshError] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the request has ended without anybody's word."""
+        return self._journey is not None and self._journey.is_complete
+
+    def refused(self, error: ExpertmeshError, time_s: float) -> float:
+        """Take a target's refusal; return the seconds to wait before the next one is asked.
+
+        Raises:
+            ExpertmeshError: The request may run on.
+        """
+        self._refusals.append(error)
+        self.target = (self.target + 1) % self._num_targets
+        if self.target > 0:
+            return 0.0
+        unsure = [each for each in self._refusals if not isinstance(each, NotFoundError)]
+        if unsure or self._journey is None or time_s >= self._deadline_s:
+            raise (unsure or self._refusals)[0]
+        self._refusals.clear()
+        return _ASK_AGAIN_S

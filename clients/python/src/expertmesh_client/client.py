@@ -208,17 +208,15 @@ class Client:
             NotFoundError: It does not run there.
         """
         request = pb.CancelRequest(request_id=request_id)
-        refusals: list[ExpertmeshError] = []
-        for target in range(self._calls.num_targets):
-            retries = self._calls.retries(timeout_s, request_id, target=target)
+        cancellation = self._calls.cancellation(request_id, timeout_s)
+        while not cancellation.is_over:
+            retries = self._calls.retries(timeout_s, request_id, target=cancellation.target)
             try:
                 self._ask(lambda stub: stub.Cancel, request, retries)
             except ExpertmeshError as error:
-                refusals.append(error)
+                time.sleep(cancellation.refused(error, now_s()))
             else:
-                refusals.clear()
-                break
-        self._calls.cancelled(request_id, refusals)
+                return
 
     def close(self) -> None:
         """Close the connections; streams that still run end."""
