@@ -105,7 +105,9 @@ async def test_errors_of_the_server_are_not_retried():
         AsyncClient(address, retry=QUICK) as client,
     ):
         with pytest.raises(ExpertmeshError, match="INTERNAL: internal error: AssertionError"):
-            await client.generate("x", timeout_s=WAIT_S).collect()
+            await (stream := client.generate("x", timeout_s=WAIT_S)).collect()
+        with pytest.raises(RuntimeError, match="was closed, or has failed"):
+            await stream.collect()
     assert len(door.requests) == 1
 
 

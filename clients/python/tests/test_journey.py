@@ -112,11 +112,12 @@ SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 def test_a_stream_that_is_cut_anywhere_gives_the_whole_once_and_in_order(replies, sizes, cuts):
     journey = journey_of(request_for(replies))
     updates, attempts = carried(journey, Server(replies, sizes), cuts)
-    collector = Collector()
+    collector = Collector(journey)
     for update in updates:
         collector.add(update)
-    answer = collector.answer("r", journey.seed)
+    answer = collector.answer()
 
+    assert (answer.request_id, answer.seed) == ("r", 77)
     assert [c.token_ids for c in answer.completions] == replies
     assert [c.text for c in answer.completions] == ["".join(map(text_of, r)) for r in replies]
     assert [c.finish.usage.completion_tokens for c in answer.completions] == list(map(len, replies))

@@ -42,7 +42,7 @@ class Stream:
     def __init__(self, journey: AnyJourney, send: _Send) -> None:
         self._journey = journey
         self._send = send
-        self._collector = Collector()
+        self._collector = Collector(journey)
         self._updates = self._carry()
 
     @property
@@ -60,10 +60,11 @@ class Stream:
 
         Raises:
             ExpertmeshError: It has failed.
+            RuntimeError: It was closed, or has failed before.
         """
         for _ in self:
             pass
-        return self._collector.answer(self.request_id, self.seed or 0)
+        return self._collector.answer()
 
     def close(self) -> None:
         """End the request, whatever is still to come of it."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from expertmesh_client._pb.expertmesh.v1 import inference_pb2 as pb
+from expertmesh_client.journey import Journey
 from expertmesh_client.types import (
     Answer,
     Completion,
@@ -23,9 +25,10 @@ class _Sequence:
 
 
 class Collector:
-    """Takes every update of one request, in order."""
+    """Takes every update of a journey, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, journey: Journey[pb.GenerateRequest] | Journey[pb.ChatRequest]) -> None:
+        self._journey = journey
         self._sequences: dict[int, _Sequence] = {}
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -40,12 +43,18 @@ class Collector:
         sequence.finish = update.finish
         self._prompt_logprobs = self._prompt_logprobs or update.prompt_logprobs
 
-    def answer(self, request_id: str, seed: int) -> Answer:
-        """Return the whole; every sequence has ended."""
+    def answer(self) -> Answer:
+        """Return the whole.
+
+        Raises:
+            RuntimeError: It is not whole: the stream was closed, or has failed.
+        """
+        if not self._journey.is_complete:
+            raise RuntimeError(f"request {self._journey.request_id} was closed, or has failed")
         in_order = (sequence for _, sequence in sorted(self._sequences.items()))
         return Answer(
-            request_id=request_id,
-            seed=seed,
+            request_id=self._journey.request_id,
+            seed=self._journey.seed or 0,
             completions=tuple(map(_completion, in_order)),
             prompt_logprobs=self._prompt_logprobs,
         )
