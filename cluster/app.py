@@ -116,20 +116,12 @@ def blueprints_of(
         )
 
     def front_door(member: MemberId) -> tuple[ProcessSpec, ...]:
-        first = member.name.endswith("-0")
-        host, _, port = config.front_doors.listen.rpartition(":")
         return (
             ProcessSpec(
                 id=ProcessId(member),
                 role=Role.FRONT_DOOR,
                 body="cluster.bodies.frontdoor:FrontDoorBody",
-                arguments=(
-                    member,
-                    model.directory,
-                    f"{host}:{port if first else 0}",
-                    config.telemetry.metrics_port if first else 0,
-                    config,
-                ),
+                arguments=(member, model.directory, host, config),
                 num_cpus=config.front_doors.num_cpus,
                 resources=config.front_doors.resources,
                 environment=_environment(config.front_doors),

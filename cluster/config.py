@@ -4,6 +4,7 @@ Its keys equal the chart's `config:` keys. This file is the only reader of the e
 """
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,14 @@ from workers.errors import ConfigError
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`; an empty one is every address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.startswith("unix")
 
 
 class _Section(BaseModel):
@@ -92,6 +101,12 @@ class TlsSection(_Section):
     """Whom clients' certificates must come from (mTLS): the first name in a certificate, or its
     common name, is the caller's tenant. Empty asks for no certificate."""
 
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if bool(self.cert) != bool(self.key) or (self.client_ca and not self.cert):
+            raise ValueError("set cert and key together; client_ca needs both")
+        return self
+
 
 class FrontDoorSection(ProcessSection):
     """Front doors: what clients connect to."""
@@ -112,6 +127,19 @@ class FrontDoorSection(ProcessSection):
     authenticated, everybody may."""
     insecure: bool = False
     """Listen beyond loopback without keys and without clients' certificates."""
+
+    @model_validator(mode="after")
+    def _check_security(self) -> Self:
+        """Refuse to serve the world without knowing who calls."""
+        host = self.listen.rpartition(":")[0]
+        if not (is_loopback(host) or self.api_keys_file or self.tls.client_ca or self.insecure):
+            raise ValueError(
+                f"{self.listen} is reached from beyond this machine, and anybody could call: set "
+                "front_doors.api_keys_file or front_doors.tls.client_ca (with cert and key), "
+                "listen on 127.0.0.1, or say --insecure (front_doors.insecure) if you mean it"
+            )
+        return self
+
     max_requests: PositiveCount = 1024
     """Requests in flight before new ones are refused."""
     max_waiting: PositiveCount = 256
