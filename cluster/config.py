@@ -248,6 +248,11 @@ def validate(tree: Mapping[str, Any]) -> ClusterConfig:
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(problems)) from error
 
 
+def build_name() -> str:
+    """Return what this program is called where it was built, such as its image's tag."""
+    return os.environ.get("EXPERTMESH_BUILD", "")
+
+
 def ray_environment() -> dict[str, str]:
     """Switch off what Ray would do unasked, before it is imported: reports of use, token files.
 

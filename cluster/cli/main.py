@@ -34,6 +34,10 @@ Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="Listen beyond this machine though anybody may call then."),
 ]
+RayAddress = Annotated[
+    str,
+    typer.Option(help="HOST:PORT, ray://HOST:PORT, or auto for the cluster of this machine."),
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; unset is the model's own.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Unset is what the context allows.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
@@ -72,6 +76,56 @@ def serve(
     from cluster.cli.serve import serve_command
 
     serve_command(_configuration(config, set_, given), ray_address)
+
+
+@app.command("apply")
+def apply_(
+    *,
+    config: Annotated[Path, typer.Option("-f", "--config", help="YAML file.")],
+    set_: Settings = None,
+    ray_address: RayAddress = "auto",
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Again when the file changes or Ray's head was lost."),
+    ] = False,
+    insecure: Insecure = False,
+) -> None:
+    """Bring a cluster on a Ray cluster to a configuration; it outlives this command.
+
+    What runs is adopted: running it again changes what differs, and prints `ready HOST:PORT`.
+    """
+    from cluster.cli.apply import apply_command, watch_command
+
+    settings = ["front_doors.insecure=true", *(set_ or [])] if insecure else list(set_ or [])
+    if watch:
+        watch_command(config, settings, ray_address)
+    else:
+        apply_command(lambda: load_config(config, settings), ray_address)
+
+
+@app.command()
+def rollout(
+    *,
+    config: Annotated[
+        Path | None, typer.Option("-f", "--config", help="YAML file; none keeps what runs.")
+    ] = None,
+    set_: Settings = None,
+    ray_address: RayAddress = "auto",
+    timeout_s: Annotated[float, typer.Option(help="How long to wait for the end.")] = 3600.0,
+) -> None:
+    """Apply a configuration, and replace one by one the members that run with older settings."""
+    from cluster.cli.apply import rollout_command
+
+    load = (lambda: load_config(config, set_ or [])) if config or set_ else None
+    rollout_command(load, ray_address, timeout_s)
+
+
+@app.command()
+def down(*, ray_address: RayAddress = "auto") -> None:
+    """Drain and end the cluster that `apply` started."""
+    from cluster.cli.apply import down_command
+
+    down_command(ray_address)
 
 
 @app.command()
