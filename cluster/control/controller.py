@@ -282,18 +282,27 @@ class Controller:
         self._rolling = record.rolling
         self._view = replace(record.view, term=self._view.term)
         for member in record.view.members:
-            specs = self._blueprints[member.role](member.id)
-            life = adopted(member, tuple(spec.id for spec in specs), now_s)
-            for spec in specs:
-                self._runtime.adopt(spec.id)
+            life = adopted(member, self._processes_of(member), now_s)
+            for process in self._processes_of(member):
+                self._runtime.adopt(process)
                 if life is None:
-                    self._runtime.kill(spec.id)
+                    self._runtime.kill(process)
             if life is None:
                 self._book.forget(member.id)
                 continue
             life.leaving = member.id in record.leaving
             self._lives[member.id] = life
         _log.info("took over", members=len(self._lives), term=self._view.term)
+
+    def _processes_of(self, member: Member) -> tuple[ProcessId, ...]:
+        """Return the processes of a member that an earlier controller started.
+
+        A gateway may have had another size: one that serves has told where each rank's store is.
+        """
+        now = len(self._blueprints[member.role](member.id))
+        then = len(member.stores)
+        count = then or now if member.serves else max(then, now)
+        return tuple(ProcessId(member.id, rank) for rank in range(count))
 
     # What to do about it
 
