@@ -9,6 +9,7 @@ import importlib
 import logging
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ _PREFIX = "expertmesh-"
 _LOOK_AT_NODES_S = 1.0
 _LEAST_WAIT_S = 0.1
 _ASK_AGAIN_S = 0.2
+_REACH_S = 10.0
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
@@ -332,14 +334,19 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
     }
     if not address:
         _leave_out_api_server()
+    if address:
+        _reach(address)
     client = address is not None and address.startswith("ray://")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {
+        "log_to_driver": logs_to_console,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
     options = {**({} if client else quiet), **({} if address else local)}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     context: Any = ray.init(
         address=address or "local",
         namespace=NAMESPACE,
-        log_to_driver=logs_to_console,
         **options,
     )
     for number, handler in handlers.items():
@@ -348,6 +355,18 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
         yield "" if client else str(context.address_info["session_dir"])
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise UnavailableError when nobody listens at HOST:PORT, for which Ray would wait minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # a word that Ray knows, such as auto
+    try:
+        with socket.create_connection((host, int(port)), _REACH_S):
+            pass
+    except OSError as error:
+        raise UnavailableError(f"no Ray cluster is reached at {address}: {error}") from error
 
 
 def _leave_out_api_server() -> None:
