@@ -1,4 +1,4 @@
-"""What befalls an applied cluster from outside: its file, its controller, its head, its nodes."""
+"""What befalls an applied cluster from outside: its file, its head, its nodes."""
 
 import asyncio
 import contextlib
@@ -62,9 +62,7 @@ def members(cluster: Site) -> dict[str, int]:
     }
 
 
-def test_a_changed_file_a_killed_controller_and_a_lost_head_are_answered_by_applying_again() -> (
-    None
-):
+def test_a_changed_file_and_a_lost_head_are_answered_by_applying_again() -> None:
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(site(**{"experts.workers": 1}))
         stack.callback(cluster.down)
