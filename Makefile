@@ -87,6 +87,10 @@ accept-overhead: ## Measure what recovery costs while nothing fails; writes repo
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_recovery --json reports/overhead.json
 
+accept-rollout: ## Replace every member of a cluster 10 times under load; writes reports/rollout.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.rollout --rounds 10 --json reports/rollout.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -107,4 +111,4 @@ export TORCH_INDEX
 .PHONY: demo test test-unit test-full test-gpu lint format pb bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
-	clean help
+	accept-rollout clean help

@@ -14,6 +14,7 @@ from cluster.control.journal import DirectoryJournal
 from cluster.control.options import ControllerOptions, Desired
 from cluster.control.planner import slots_needed
 from cluster.control.ports import ProcessId, ProcessSpec
+from cluster.control.settings import digests
 from cluster.control.status import ClusterStatus
 from cluster.runtime import CONTROLLER_NAME, RayRuntime, node_name, was_restarted
 from cluster.telemetry import configure_logging
@@ -49,8 +50,17 @@ def floor_of(config: ClusterConfig, model: ModelFacts) -> int:
     return 2 if fits and not config.experts.num_gpus else 1
 
 
-def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
-    """Return how many members the configuration wants, and how many slots each worker has."""
+def desired_of(
+    config: ClusterConfig, model: ModelFacts, *, build: str = "", num_slots: int = 0
+) -> Desired:
+    """Return how many members the configuration wants, and how many slots each worker has.
+
+    Args:
+        config: What is wanted.
+        model: The served model.
+        build: Names the program that the members are to run.
+        num_slots: Slots of the workers that run already; further ones have no fewer.
+    """
     workers, floor = config.experts.workers, floor_of(config, model)
     fewest = min(config.experts.min or workers, workers)
     needed = slots_needed(model.num_layers, model.num_experts, fewest, floor) if workers else 0
@@ -69,10 +79,11 @@ def desired_of(config: ClusterConfig, model: ModelFacts) -> Desired:
             Role.GATEWAY: config.gateways.count,
             Role.FRONT_DOOR: config.front_doors.count,
         },
-        num_slots=config.experts.slots or needed,
+        num_slots=config.experts.slots or max(needed, num_slots if workers else 0),
         floor=floor,
         standby=config.experts.standby,
         max_workers=config.experts.max,
+        settings=digests(config, build),
     )
 
 
@@ -116,20 +127,12 @@ def blueprints_of(
         )
 
     def front_door(member: MemberId) -> tuple[ProcessSpec, ...]:
-        first = member.name.endswith("-0")
-        host, _, port = config.front_doors.listen.rpartition(":")
         return (
             ProcessSpec(
                 id=ProcessId(member),
                 role=Role.FRONT_DOOR,
                 body="cluster.bodies.frontdoor:FrontDoorBody",
-                arguments=(
-                    member,
-                    model.directory,
-                    f"{host}:{port if first else 0}",
-                    config.telemetry.metrics_port if first else 0,
-                    config,
-                ),
+                arguments=(member, model.directory, host, config),
                 num_cpus=config.front_doors.num_cpus,
                 resources=config.front_doors.resources,
                 environment=_environment(config.front_doors),
@@ -143,23 +146,45 @@ def blueprints_of(
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """What a controller is to run, where its processes listen, and where its journal lies.
+
+    With `resume` it goes on where the journal ends; one that Ray restarted does so in any case.
+    """
+
+    config: ClusterConfig
+    model: ModelFacts
+    journal: str
+    host: str = ""
+    build: str = ""
+    resume: bool = False
+
+
 class ControllerBody:
     """The controller's process: ticks, and answers the command line and the front doors.
 
     Ray restarts it when it dies; it then goes on where the journal ends.
     """
 
-    def __init__(self, config: ClusterConfig, model: ModelFacts, host: str, journal: str) -> None:
+    def __init__(self, charge: Charge) -> None:
+        config, model = charge.config, charge.model
         configure_logging(Role.CONTROLLER.value, CONTROLLER_NAME, config.telemetry.log_level)
-        desired = desired_of(config, model)
         control, clock = config.control, SystemClock()
+        journal = DirectoryJournal(Path(charge.journal))
+        resume = charge.resume or was_restarted()
+        record = journal.latest() if resume else None
+        running = record.view.with_role(Role.EXPERT_WORKER) if record else ()
+        num_slots = max((worker.num_slots for worker in running), default=0)
+        desired = desired_of(config, model, build=charge.build, num_slots=num_slots)
+        self._charge = charge
         self._lock = threading.Lock()
         self._controller = Controller(
             desired,
             Placement(model.weights_version, model.num_layers, model.num_experts),
-            blueprints_of(config, model, desired.num_slots, host),
+            blueprints_of(config, model, desired.num_slots, charge.host),
             runtime=RayRuntime(clock),
-            journal=DirectoryJournal(Path(journal)),
+            journal=journal,
             clock=clock,
             options=ControllerOptions(
                 pulse_s=control.pulse_s,
@@ -168,7 +193,7 @@ class ControllerBody:
                 restore_s=control.restore_s,
                 allow_chaos=control.allow_chaos,
             ),
-            resume=was_restarted(),
+            resume=resume,
         )
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="controller", daemon=True).start()
@@ -195,6 +220,15 @@ class ControllerBody:
         """See `Controller.drain`."""
         with self._lock:
             return self._controller.drain(name)
+
+    def charge(self) -> Charge:
+        """Return what this controller was told to run."""
+        return self._charge
+
+    def rollout(self) -> int:
+        """See `Controller.rollout`."""
+        with self._lock:
+            return self._controller.rollout()
 
     def stop(self, deadline_s: float) -> bool:
         """Drain every member; says whether all were gone by the deadline."""

@@ -4,6 +4,7 @@ Its keys equal the chart's `config:` keys. This file is the only reader of the e
 """
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,14 @@ from workers.errors import ConfigError
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`; an empty one is every address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.startswith("unix")
 
 
 class _Section(BaseModel):
@@ -81,12 +90,56 @@ class ExpertSection(ProcessSection):
     """Most workers, which is as many links as a gateway rank may have."""
 
 
+class TlsSection(_Section):
+    """Transport security of the front doors; PEM files, read again when they change."""
+
+    cert: str = ""
+    """The certificate that clients are shown, followed by its chain; empty is cleartext."""
+    key: str = ""
+    """Its private key."""
+    client_ca: str = ""
+    """Whom clients' certificates must come from (mTLS): the first name in a certificate, or its
+    common name, is the caller's tenant. Empty asks for no certificate."""
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if bool(self.cert) != bool(self.key) or (self.client_ca and not self.cert):
+            raise ValueError("set cert and key together; client_ca needs both")
+        return self
+
+
 class FrontDoorSection(ProcessSection):
     """Front doors: what clients connect to."""
 
     count: PositiveCount = 1
     listen: str = "127.0.0.1:50051"
-    """HOST:PORT; port 0 takes a free one. Further front doors take free ports."""
+    """HOST:PORT; port 0 takes a free one. On one machine further front doors take free ports; on a
+    Ray cluster all of them take this one, each on its node."""
+    health_listen: str = ""
+    """HOST:PORT of a cleartext port that answers grpc.health.v1 alone, for probes that speak no
+    TLS; taken as `listen` is. Empty opens none."""
+    tls: TlsSection = TlsSection()
+    api_keys_file: str = ""
+    """Who may call: lines of `TENANT: SHA-256 of a key, in hex`, read again when the file changes.
+    A tenant may have several. Empty asks for no key."""
+    operators: tuple[str, ...] = ()
+    """Tenants that may also read the cluster's state, scale and drain; where callers are not
+    authenticated, everybody may."""
+    insecure: bool = False
+    """Listen beyond loopback without keys and without clients' certificates."""
+
+    @model_validator(mode="after")
+    def _check_security(self) -> Self:
+        """Refuse to serve the world without knowing who calls."""
+        host = self.listen.rpartition(":")[0]
+        if not (is_loopback(host) or self.api_keys_file or self.tls.client_ca or self.insecure):
+            raise ValueError(
+                f"{self.listen} is reached from beyond this machine, and anybody could call: set "
+                "front_doors.api_keys_file or front_doors.tls.client_ca (with cert and key), "
+                "listen on 127.0.0.1, or say --insecure (front_doors.insecure) if you mean it"
+            )
+        return self
+
     max_requests: PositiveCount = 1024
     """Requests in flight before new ones are refused."""
     max_waiting: PositiveCount = 256
@@ -124,6 +177,9 @@ class ControlSection(_Section):
     """How long a missing copy waits for a worker that is on its way, while another copy exists."""
     allow_chaos: bool = False
     """Whether faults may be injected; for tests."""
+    resources: dict[str, float] = {}
+    """What the controller asks of its node, such as a resource of the nodes that mount `journal`;
+    when empty it runs where it was started from."""
     start_timeout_s: Seconds = 600.0
 
 
@@ -190,6 +246,11 @@ def validate(tree: Mapping[str, Any]) -> ClusterConfig:
     except ValidationError as error:
         problems = [_problem(dict(e)) for e in error.errors()]
         raise ConfigError("the configuration is wrong:\n  " + "\n  ".join(problems)) from error
+
+
+def build_name() -> str:
+    """Return what this program is called where it was built, such as its image's tag."""
+    return os.environ.get("EXPERTMESH_BUILD", "")
 
 
 def ray_environment() -> dict[str, str]:

@@ -9,9 +9,10 @@ import importlib
 import logging
 import queue
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ from cluster.control.ports import (
     RuntimeEvent,
 )
 from workers.clock import Clock, SystemClock
-from workers.errors import ExpertmeshError, UnavailableError
+from workers.errors import ExpertmeshError, RefusedError, UnavailableError
 
 NAMESPACE = "expertmesh"
 CONTROLLER_NAME = "expertmesh-controller"
@@ -45,6 +46,7 @@ _PREFIX = "expertmesh-"
 _LOOK_AT_NODES_S = 1.0
 _LEAST_WAIT_S = 0.1
 _ASK_AGAIN_S = 0.2
+_REACH_S = 10.0
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
@@ -275,13 +277,18 @@ class ControllerHandle:
                 ) from error
 
     def end(self) -> None:
-        """End the controller's process, and those that it started and left behind."""
+        """End the controller's process; what it started goes on."""
         with contextlib.suppress(ray.exceptions.RayActorError):
             ray.kill(self._actor, no_restart=True)
-        for name in ray.util.list_named_actors():  # of our own namespace
-            if name.startswith(_PREFIX):
-                with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
-                    ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+
+
+def end_processes() -> int:
+    """End every process of the cluster, the controller's first; returns how many there were."""
+    names = [name for name in ray.util.list_named_actors() if name.startswith(_PREFIX)]
+    for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):
+        with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    return len(names)
 
 
 def find_controller(name: str) -> ControllerHandle:
@@ -313,7 +320,8 @@ def _actor_name(process: ProcessId) -> str:
 def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) -> Iterator[str]:
     """Join the Ray cluster at `address`, or run one on this machine as long as the context lasts.
 
-    Yields the directory of Ray's session, where every process's log lies. A local cluster offers
+    Yields the directory of Ray's session, where every process's log lies; "" where it is not known,
+    since the address is that of a Ray client server (ray://HOST:PORT). A local cluster offers
     the custom resources that pools name in a real one, and starts no process before its time.
     """
     local: dict[str, Any] = {
@@ -326,21 +334,39 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
     }
     if not address:
         _leave_out_api_server()
+    if address:
+        _reach(address)
+    client = address is not None and address.startswith("ray://")
+    quiet: dict[str, Any] = {
+        "log_to_driver": logs_to_console,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    options = {**({} if client else quiet), **({} if address else local)}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     context: Any = ray.init(
         address=address or "local",
         namespace=NAMESPACE,
-        log_to_driver=logs_to_console,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-        **({} if address else local),
+        **options,
     )
     for number, handler in handlers.items():
         signal.signal(number, handler)  # Ray puts its own in their place
     try:
-        yield str(context.address_info["session_dir"])
+        yield "" if client else str(context.address_info["session_dir"])
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise UnavailableError when nobody listens at HOST:PORT, for which Ray would wait minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # a word that Ray knows, such as auto
+    try:
+        with socket.create_connection((host, int(port)), _REACH_S):
+            pass
+    except OSError as error:
+        raise UnavailableError(f"no Ray cluster is reached at {address}: {error}") from error
 
 
 def _leave_out_api_server() -> None:
@@ -356,21 +382,32 @@ def _leave_out_api_server() -> None:
     Node.start_api_server = nothing  # type: ignore[assignment]
 
 
-def start_controller(body: type, *arguments: object, name: str) -> ControllerHandle:
-    """Start the controller as a named actor, on this node if it can be, and return a handle."""
-    actor: Any = (
-        ray.remote(body)
-        .options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=0,
-            max_concurrency=_METHODS_AT_ONCE,
-            max_restarts=-1,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_name(), soft=True),
-        )
-        .remote(*arguments)
-    )
+def start_controller(
+    body: type, *arguments: object, name: str, resources: Mapping[str, float] | None = None
+) -> ControllerHandle:
+    """Start the controller as a named actor, and return a handle.
+
+    It runs where these resources are; without any, on this node if it can be. Raises RefusedError
+    when a controller of this name runs already.
+    """
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_concurrency": _METHODS_AT_ONCE,
+        "max_restarts": -1,
+    }
+    if resources:
+        options["resources"] = dict(resources)
+    else:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_name(), soft=True)
+    try:
+        actor: Any = ray.remote(body).options(**options).remote(*arguments)
+    except ValueError as error:
+        raise RefusedError(
+            f"a controller named {name} runs on this Ray cluster already: {error}"
+        ) from error
     return ControllerHandle(actor)
 
 

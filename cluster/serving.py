@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
-from cluster.app import ControllerBody, ModelFacts
+from cluster.app import Charge, ControllerBody, ModelFacts
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
 from cluster.demo.path import demo_model_path
-from cluster.runtime import CONTROLLER_NAME, ControllerHandle, ray_session, start_controller
+from cluster.runtime import (
+    CONTROLLER_NAME,
+    ControllerHandle,
+    end_processes,
+    ray_session,
+    start_controller,
+)
 from workers.clock import Clock
 from workers.errors import ExpertmeshError
 from workers.model.checkpoint import Checkpoint
@@ -109,29 +115,58 @@ def serving(
         ) as session,
     ):
         host = "" if ray_address else _LOOPBACK
+        charge = Charge(config=config, model=model, journal=journal, host=host)
         controller = start_controller(
-            ControllerBody, config, model, host, journal, name=CONTROLLER_NAME
+            ControllerBody, charge, name=CONTROLLER_NAME, resources=config.control.resources
         )
         try:
-            deadline_s = clock.now_s() + config.control.start_timeout_s
-            status = controller.call("status", timeout_s=config.control.start_timeout_s)
-            while not status.ready:
-                progress(status)
-                if status.failure or clock.now_s() > deadline_s:
-                    raise ExpertmeshError(
-                        status.failure
-                        or f"not ready after {config.control.start_timeout_s:g} s: "
-                        + "; ".join(status.reasons)
-                    )
-                wait(_POLL_S)
-                status = controller.call("status")
-            progress(status)
-            yield RunningCluster(controller, _endpoint(status), f"{session}/logs")
+            status = await_ready(
+                controller,
+                timeout_s=config.control.start_timeout_s,
+                clock=clock,
+                wait=wait,
+                progress=progress,
+            )
+            yield RunningCluster(controller, endpoint_of(status), f"{session}/logs")
         finally:
-            drain_s = config.front_doors.drain_s + _STOP_MARGIN_S
-            with contextlib.suppress(ExpertmeshError):  # it has ended: nothing is left to stop
-                controller.call("stop", drain_s, timeout_s=drain_s + _STOP_MARGIN_S)
-            controller.end()
+            stop(controller, config)
+
+
+def await_ready(
+    controller: ControllerHandle,
+    *,
+    timeout_s: float,
+    clock: Clock,
+    wait: Callable[[float], None],
+    progress: Callable[[ClusterStatus], None],
+) -> ClusterStatus:
+    """Wait until the first request would succeed.
+
+    Raises:
+        ExpertmeshError: The cluster did not come up in time; says which member failed and why.
+    """
+    deadline_s = clock.now_s() + timeout_s
+    status = controller.call("status", timeout_s=timeout_s)
+    assert isinstance(status, ClusterStatus)
+    while not status.ready:
+        progress(status)
+        if status.failure or clock.now_s() > deadline_s:
+            raise ExpertmeshError(
+                status.failure or f"not ready after {timeout_s:g} s: {'; '.join(status.reasons)}"
+            )
+        wait(_POLL_S)
+        status = controller.call("status")
+        assert isinstance(status, ClusterStatus)
+    progress(status)
+    return status
+
+
+def stop(controller: ControllerHandle, config: ClusterConfig) -> int:
+    """Drain every member, then end all processes; returns how many of them were left."""
+    drain_s = config.front_doors.drain_s + _STOP_MARGIN_S
+    with contextlib.suppress(ExpertmeshError):  # it has ended: nothing is left to stop
+        controller.call("stop", drain_s, timeout_s=drain_s + _STOP_MARGIN_S)
+    return end_processes()
 
 
 @contextlib.contextmanager
@@ -144,5 +179,6 @@ def _journal(config: ClusterConfig) -> Iterator[str]:
         yield directory
 
 
-def _endpoint(status: ClusterStatus) -> str:
+def endpoint_of(status: ClusterStatus) -> str:
+    """Return where a client connects."""
     return status.view.with_role(Role.FRONT_DOOR)[0].endpoint

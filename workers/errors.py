@@ -8,6 +8,7 @@ ExpertmeshError
 ├── DrainingError            this process takes no new work (UNAVAILABLE)
 ├── UnavailableError         nothing that could serve it was there in time (UNAVAILABLE)
 ├── UnauthenticatedError     the caller did not prove who it is (UNAUTHENTICATED)
+├── PermissionDeniedError    the caller is known and may not do this (PERMISSION_DENIED)
 ├── RefusedError             it would break a promise, such as coverage (FAILED_PRECONDITION)
 ├── ConfigError              a setting is unknown, mistyped or impossible
 ├── CheckpointError          a checkpoint is unsupported, incomplete or damaged
@@ -70,6 +71,10 @@ class UnavailableError(ExpertmeshError):
 
 class UnauthenticatedError(ExpertmeshError):
     """The caller did not prove who it is."""
+
+
+class PermissionDeniedError(ExpertmeshError):
+    """The caller is known, and may not do this."""
 
 
 class RefusedError(ExpertmeshError, ValueError):

@@ -46,7 +46,7 @@ class Member:
 
     `endpoint` is where its gRPC server listens (front doors, gateways). `stores` holds, for a
     gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened.
-    `metrics` is the HOST:PORT of its Prometheus page.
+    `metrics` is the HOST:PORT of its Prometheus page. `settings` names what it was started with.
     """
 
     id: MemberId
@@ -58,6 +58,7 @@ class Member:
     metrics: str = ""
     stores: tuple[str, ...] = ()
     num_slots: int = 0
+    settings: str = ""
 
     @property
     def serves(self) -> bool:

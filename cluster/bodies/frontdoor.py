@@ -10,7 +10,14 @@ from cluster.control.status import ClusterStatus
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.server import FrontDoor
-from cluster.runtime import CONTROLLER_NAME, ControllerHandle, find_controller, node_name
+from cluster.frontdoor.tls import TlsFiles
+from cluster.runtime import (
+    CONTROLLER_NAME,
+    ControllerHandle,
+    find_controller,
+    node_address,
+    node_name,
+)
 from cluster.telemetry import FrontDoorInstruments
 from workers.errors import UnavailableError
 from workers.placement import MemberId, Role, View
@@ -59,21 +66,34 @@ class FrontDoorBody(Process):
         self,
         member: MemberId,
         model_dir: str,
-        listen: str,
-        metrics_port: int,
+        host: str,
         config: ClusterConfig,
     ) -> None:
-        super().__init__(Role.FRONT_DOOR, member, config.telemetry, metrics_port=metrics_port)
-        self._drain_s = config.front_doors.drain_s
+        first = member.name.endswith("-0")
+        section, tls = config.front_doors, config.front_doors.tls
+        super().__init__(
+            Role.FRONT_DOOR,
+            member,
+            config.telemetry,
+            metrics_port=config.telemetry.metrics_port if first else 0,
+        )
+        self._drain_s = section.drain_s
+        shares_port = not host  # a successor on the same node takes it before this one leaves
+        own_port = first or shares_port
         self._loop = LoopThread()
         self._door = FrontDoor(
             FrontDoorOptions(
                 name=str(member),
-                listen=listen,
-                max_requests=config.front_doors.max_requests,
-                max_message_bytes=config.front_doors.max_message_bytes,
-                max_waiting=config.front_doors.max_waiting,
-                gateway_wait_s=config.front_doors.gateway_wait_s,
+                listen=_listen(section.listen, own_port=own_port),
+                health_listen=_listen(section.health_listen, own_port=own_port),
+                shares_port=shares_port,
+                tls=TlsFiles(tls.cert, tls.key, tls.client_ca) if tls.cert else None,
+                api_keys_file=section.api_keys_file,
+                operators=section.operators,
+                max_requests=section.max_requests,
+                max_message_bytes=section.max_message_bytes,
+                max_waiting=section.max_waiting,
+                gateway_wait_s=section.gateway_wait_s,
                 experts_in_gateway=config.experts.workers == 0,
             ),
             ModelInfo.load(
@@ -92,7 +112,7 @@ class FrontDoorBody(Process):
     def start(self) -> Opened:
         """Listen to clients."""
         endpoint = self._loop.run(self._door.start(), timeout_s=30.0)
-        return Opened(pid=os.getpid(), node=node_name(), endpoint=endpoint)
+        return Opened(pid=os.getpid(), node=node_name(), endpoint=_reachable(endpoint))
 
     def adopt(self, view: View) -> None:
         """Take a newer View and connect to its gateways."""
@@ -106,3 +126,15 @@ class FrontDoorBody(Process):
     def drain(self) -> None:
         """Take no new requests, let the running ones finish, then close."""
         self._loop.run(self._door.drain(self._drain_s), timeout_s=self._drain_s + 10.0)
+
+
+def _listen(address: str, *, own_port: bool) -> str:
+    """Return where to listen: with a free port where another front door has this one."""
+    host, colon, port = address.rpartition(":")
+    return f"{host}{colon}{port if own_port else 0}" if address else ""
+
+
+def _reachable(endpoint: str) -> str:
+    """Return where others reach what listens on every address of this node."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{node_address()}:{port}" if host in {"", "0.0.0.0", "[::]"} else endpoint  # noqa: S104

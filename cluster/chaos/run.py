@@ -52,7 +52,12 @@ class Run:
 
 
 async def run_chaos(
-    server: str, options: ChaosOptions, *, clock: Clock, progress: Callable[[Done], None]
+    server: str,
+    options: ChaosOptions,
+    *,
+    clock: Clock,
+    progress: Callable[[Done], None],
+    connect: Callable[[], grpc.aio.Channel] | None = None,
 ) -> Run:
     """Run the load, do the faults, let the last requests finish.
 
@@ -61,7 +66,12 @@ async def run_chaos(
     """
     faults = draw_faults(options.counts, options.seed)
     return await run_script(
-        server, options, lambda saboteur: saboteur.run(faults), clock=clock, progress=progress
+        server,
+        options,
+        lambda saboteur: saboteur.run(faults),
+        clock=clock,
+        progress=progress,
+        connect=connect,
     )
 
 
@@ -72,9 +82,13 @@ async def run_script(
     *,
     clock: Clock,
     progress: Callable[[Done], None] = lambda _done: None,
+    connect: Callable[[], grpc.aio.Channel] | None = None,
 ) -> Run:
-    """Run the load beside a script of faults; see `run_chaos`."""
-    async with grpc.aio.insecure_channel(server) as channel:
+    """Run the load beside a script of faults; see `run_chaos`.
+
+    `connect` opens a channel to the server; a cleartext one when it is None.
+    """
+    async with connect() if connect else grpc.aio.insecure_channel(server) as channel:
         inference = InferenceServiceStub(channel)
         saboteur = Saboteur(
             ClusterServiceStub(channel), seed=options.seed, clock=clock, progress=progress

@@ -15,7 +15,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.client import channel_to
+from cluster.cli.client import Server, channel_to
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -45,7 +45,7 @@ class Outcome:
     error: str = ""
 
 
-def bench_command(server: str, options: LoadOptions, report_path: Path | None) -> None:
+def bench_command(server: Server, options: LoadOptions, report_path: Path | None) -> None:
     """Run the load, print a table and write the report."""
     with channel_to(server) as channel:
         model = (
@@ -99,8 +99,8 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {**ranks, "max": ordered[-1]}
 
 
-async def _load(server: str, options: LoadOptions, vocabulary_size: int) -> list[Outcome]:
-    async with grpc.aio.insecure_channel(server) as channel:
+async def _load(server: Server, options: LoadOptions, vocabulary_size: int) -> list[Outcome]:
+    async with server.aio_channel() as channel:
         stub = InferenceServiceStub(channel)
 
         async def one(number: int) -> Outcome:

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from cluster.chaos.faults import Done
 from cluster.chaos.run import ChaosOptions, report_of, run_chaos
+from cluster.cli.client import Server
 from workers.clock import SystemClock
 from workers.errors import ExpertmeshError
 
 
 def chaos_command(
-    server: str,
+    server: Server,
     options: ChaosOptions,
     *,
     model_dir: Path | None,
@@ -40,7 +41,15 @@ def chaos_command(
             style="dim",
         )
 
-    run = asyncio.run(run_chaos(server, options, clock=SystemClock(), progress=progress))
+    run = asyncio.run(
+        run_chaos(
+            server.address,
+            options,
+            connect=server.aio_channel,
+            clock=SystemClock(),
+            progress=progress,
+        )
+    )
     report = report_of(run, options, model_dir, bit_stable=bit_stable)
     console.print(table_of(report))
     if report_path is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.client import channel_to
+from cluster.cli.client import Server, channel_to
 from cluster.cli.serve import Progress, Signals, Stop
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
@@ -62,7 +62,7 @@ def _ask(console: Console, endpoint: str, question: str) -> None:
         stopping=pb.Stopping(max_tokens=64),
     )
     tokens = messages = 0
-    with channel_to(endpoint) as channel:
+    with channel_to(Server(address=endpoint)) as channel:
         started_s = time.perf_counter()
         first_s = started_s
         for response in InferenceServiceStub(channel).Chat(request, timeout=_DEADLINE_S):

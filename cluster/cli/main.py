@@ -11,6 +11,7 @@ import grpc
 import typer
 
 from cluster.cli.bench import LoadOptions, bench_command
+from cluster.cli.client import Server, for_clients
 from cluster.cli.operate import Pool, drain_command, scale_command
 from cluster.cli.status import status_command, watch_command
 from cluster.cli.talk import Ask, chat_command, generate_command
@@ -28,13 +29,18 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE, over the file; repeatable.")
 ]
-Server = Annotated[str, typer.Option("--server", help="HOST:PORT of a front door.")]
 Model = Annotated[str | None, typer.Option("--model", help="A checkpoint's directory, or demo.")]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="Listen beyond this machine though anybody may call then."),
+]
+RayAddress = Annotated[
+    str,
+    typer.Option(help="HOST:PORT, ray://HOST:PORT, or auto for the cluster of this machine."),
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; unset is the model's own.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Unset is what the context allows.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")]
-
-_DEFAULT_SERVER = "127.0.0.1:50051"
 
 
 @app.command()
@@ -55,6 +61,7 @@ def serve(
     allow_chaos: Annotated[
         bool, typer.Option("--allow-chaos", help="Let `expertmesh chaos` harm its members.")
     ] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Run a cluster in the foreground; prints `ready HOST:PORT` when it serves."""
     given = {
@@ -64,10 +71,61 @@ def serve(
         "experts.workers": expert_workers,
         "front_doors.listen": listen,
         "control.allow_chaos": True if allow_chaos else None,
+        "front_doors.insecure": True if insecure else None,
     }
     from cluster.cli.serve import serve_command
 
     serve_command(_configuration(config, set_, given), ray_address)
+
+
+@app.command("apply")
+def apply_(
+    *,
+    config: Annotated[Path, typer.Option("-f", "--config", help="YAML file.")],
+    set_: Settings = None,
+    ray_address: RayAddress = "auto",
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Again when the file changes or Ray's head was lost."),
+    ] = False,
+    insecure: Insecure = False,
+) -> None:
+    """Bring a cluster on a Ray cluster to a configuration; it outlives this command.
+
+    What runs is adopted: running it again changes what differs, and prints `ready HOST:PORT`.
+    """
+    from cluster.cli.apply import apply_command, watch_command
+
+    settings = ["front_doors.insecure=true", *(set_ or [])] if insecure else list(set_ or [])
+    if watch:
+        watch_command(config, settings, ray_address)
+    else:
+        apply_command(lambda: load_config(config, settings), ray_address)
+
+
+@app.command()
+def rollout(
+    *,
+    config: Annotated[
+        Path | None, typer.Option("-f", "--config", help="YAML file; none keeps what runs.")
+    ] = None,
+    set_: Settings = None,
+    ray_address: RayAddress = "auto",
+    timeout_s: Annotated[float, typer.Option(help="How long to wait for the end.")] = 3600.0,
+) -> None:
+    """Apply a configuration, and replace one by one the members that run with older settings."""
+    from cluster.cli.apply import rollout_command
+
+    load = (lambda: load_config(config, set_ or [])) if config or set_ else None
+    rollout_command(load, ray_address, timeout_s)
+
+
+@app.command()
+def down(*, ray_address: RayAddress = "auto") -> None:
+    """Drain and end the cluster that `apply` started."""
+    from cluster.cli.apply import down_command
+
+    down_command(ray_address)
 
 
 @app.command()
@@ -91,12 +149,13 @@ def demo(
 
 
 @app.command()
+@for_clients
 def chat(
     message: Annotated[
         str | None, typer.Argument(help="One question; none for a dialogue.")
     ] = None,
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
     system: Annotated[str, typer.Option(help="The system's instructions.")] = "",
     thinking: Annotated[bool | None, typer.Option(help="Unset is the model's own way.")] = None,
     temperature: Temperature = None,
@@ -108,10 +167,11 @@ def chat(
 
 
 @app.command()
+@for_clients
 def generate(
     prompt: Annotated[str, typer.Argument(help="Continued as it stands, without a chat template.")],
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -121,9 +181,10 @@ def generate(
 
 
 @app.command()
+@for_clients
 def status(
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Again and again, with load and what stalls.")
@@ -137,30 +198,33 @@ def status(
 
 
 @app.command()
+@for_clients
 def scale(
     pool: Annotated[Pool, typer.Argument(help="Which role.")],
     count: Annotated[int, typer.Argument(min=1, help="How many members are wanted.")],
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
 ) -> None:
     """Set how many members of a role are wanted; they come and go while requests run."""
     scale_command(server, pool, count)
 
 
 @app.command()
+@for_clients
 def drain(
     member: Annotated[str, typer.Argument(help="NAME or NAME.INCARNATION, as in status.")],
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
 ) -> None:
     """Have one member leave for good, once others hold what it holds."""
     drain_command(server, member)
 
 
 @app.command()
+@for_clients
 def bench(
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
     requests: Annotated[int, typer.Option(help="How many in all.")] = 64,
     concurrency: Annotated[int, typer.Option(help="Closed loop: how many at once.")] = 8,
     rate_per_s: Annotated[
@@ -180,9 +244,10 @@ def bench(
 
 
 @app.command()
+@for_clients
 def chaos(
     *,
-    server: Server = _DEFAULT_SERVER,
+    server: Server,
     model: Model = None,
     kills: Annotated[int, typer.Option(help="SIGKILL of an expert worker.")] = 10,
     double_kills: Annotated[int, typer.Option(help="SIGKILL of two at once.")] = 0,

@@ -4,7 +4,7 @@ from enum import Enum
 
 from rich.console import Console
 
-from cluster.cli.client import channel_to
+from cluster.cli.client import Server, channel_to
 from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
 from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
 
@@ -26,7 +26,7 @@ _ROLES = {
 }
 
 
-def scale_command(server: str, pool: Pool, count: int) -> None:
+def scale_command(server: Server, pool: Pool, count: int) -> None:
     """Ask for so many members of a pool and say how many there were to be before."""
     with channel_to(server) as channel:
         answer = ClusterServiceStub(channel).Scale(
@@ -35,7 +35,7 @@ def scale_command(server: str, pool: Pool, count: int) -> None:
     Console().print(f"{pool.value}: {answer.previous_count} -> {count} wanted", highlight=False)
 
 
-def drain_command(server: str, member: str) -> None:
+def drain_command(server: Server, member: str) -> None:
     """Ask one member to leave and say which one does."""
     with channel_to(server) as channel:
         answer = ClusterServiceStub(channel).Drain(

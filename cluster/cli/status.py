@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.client import channel_to
+from cluster.cli.client import Server, channel_to
 from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
 from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
 from workers.clock import SystemClock
@@ -19,7 +19,7 @@ _DEADLINE_S = 10.0
 _EVERY_S = 1.0
 
 
-def status_command(server: str, *, as_json: bool) -> None:
+def status_command(server: Server, *, as_json: bool) -> None:
     """Print the members of the cluster behind a front door."""
     with channel_to(server) as channel:
         view = ClusterServiceStub(channel).GetView(pb.GetViewRequest(), timeout=_DEADLINE_S).view
@@ -55,7 +55,7 @@ def _table(view: pb.View) -> Table:
     return table
 
 
-def watch_command(server: str, *, num_rounds: int | None = None) -> None:
+def watch_command(server: Server, *, num_rounds: int | None = None) -> None:
     """Show every member's state, load and stalls, again each second, until interrupted.
 
     `num_rounds` limits how often.

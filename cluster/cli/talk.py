@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from cluster.cli.client import channel_to
+from cluster.cli.client import Server, channel_to
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -27,7 +27,7 @@ class Ask:
         return pb.Stopping(max_tokens=self.max_tokens)
 
 
-def generate_command(server: str, prompt: str, ask: Ask) -> None:
+def generate_command(server: Server, prompt: str, ask: Ask) -> None:
     """Print the continuation as it comes."""
     with channel_to(server) as channel:
         request = pb.GenerateRequest(text=prompt, sampling=ask.sampling(), stopping=ask.stopping())
@@ -37,7 +37,7 @@ def generate_command(server: str, prompt: str, ask: Ask) -> None:
 
 
 def chat_command(
-    server: str, message: str | None, system: str, thinking: bool | None, ask: Ask
+    server: Server, message: str | None, system: str, thinking: bool | None, ask: Ask
 ) -> None:
     """Hold a dialogue, or ask one question when `message` is given."""
     console = Console(stderr=True)

@@ -29,6 +29,7 @@ from cluster.control.ports import (
     RuntimeEvent,
 )
 from cluster.control.replicas import Fingerprints, ReplicaBook
+from cluster.control.rollout import next_to_leave, outdated
 from cluster.control.staffing import check_count, staff
 from cluster.control.status import ClusterStatus, MemberStatus, PoolStatus, StepWatch
 from workers.clock import Clock
@@ -47,7 +48,7 @@ class Controller:
     """Keeps the wanted members alive, places experts on them and publishes Views.
 
     With `resume` it goes on where the journal ends: members that an earlier controller started are
-    taken over, and as many are wanted as were then.
+    taken over, and as many are wanted as were then, unless more or fewer are desired since.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Controller:
         self._stopping = False
         self._failure = ""
         self._superseded = False
+        self._rolling = False
         record = journal.latest() if resume else None
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
@@ -97,6 +99,7 @@ class Controller:
         for event in self._runtime.poll():
             self._hear(event)
         if not self._stopping:
+            self._roll()
             self._staff()
             self._assign()
         self._advance()
@@ -131,6 +134,14 @@ class Controller:
                 return life.member.id
         raise NotFoundError(f"no member {name} that could leave; `expertmesh status` lists them")
 
+    def rollout(self) -> int:
+        """Begin to replace, one by one, the members with outdated settings; returns how many."""
+        count = len(outdated(self._lives.values(), self._desired.settings))
+        self._rolling = count > 0
+        _log.info("rollout", outdated=count)
+        self._publish()
+        return count
+
     def stop(self) -> None:
         """Drain everybody, front doors first; `stopped` says when nothing is left."""
         self._stopping = True
@@ -164,6 +175,7 @@ class Controller:
             rebalancing_s=now_s - self._placed_s if self._assignment.num_missing else 0.0,
             replicas_loading=self._book.num_loading,
             allows_chaos=self._options.allow_chaos,
+            rolling=self._rolling,
         )
 
     # What has happened
@@ -265,15 +277,16 @@ class Controller:
     def _resume(self, record: Record) -> None:
         """Take over what an earlier controller left; whoever was half started begins anew."""
         now_s = self._clock.now_s()
-        self._wanted = dict(record.wanted)
+        changed = {r: n for r, n in self._wanted.items() if record.configured.get(r, n) != n}
+        self._wanted = {**self._wanted, **record.wanted, **changed}
+        self._rolling = record.rolling
         self._view = replace(record.view, term=self._view.term)
         for member in record.view.members:
-            specs = self._blueprints[member.role](member.id)
-            life = adopted(member, tuple(spec.id for spec in specs), now_s)
-            for spec in specs:
-                self._runtime.adopt(spec.id)
+            life = adopted(member, self._processes_of(member), now_s)
+            for process in self._processes_of(member):
+                self._runtime.adopt(process)
                 if life is None:
-                    self._runtime.kill(spec.id)
+                    self._runtime.kill(process)
             if life is None:
                 self._book.forget(member.id)
                 continue
@@ -281,7 +294,28 @@ class Controller:
             self._lives[member.id] = life
         _log.info("took over", members=len(self._lives), term=self._view.term)
 
+    def _processes_of(self, member: Member) -> tuple[ProcessId, ...]:
+        """Return the processes of a member that an earlier controller started.
+
+        A gateway may have had another size: one that serves has told where each rank's store is.
+        """
+        now = len(self._blueprints[member.role](member.id))
+        then = len(member.stores)
+        count = then or now if member.serves else max(then, now)
+        return tuple(ProcessId(member.id, rank) for rank in range(count))
+
     # What to do about it
+
+    def _roll(self) -> None:
+        """Let the next outdated member go, once whoever went before has been replaced."""
+        if not self._rolling:
+            return
+        lives = self._lives.values()
+        member = next_to_leave(lives, self._desired.settings, self._wanted)
+        if member is not None:
+            self._lives[member].relieved = True
+            self._dismiss(self._lives[member], "replaced by one with newer settings")
+        self._rolling = bool(outdated(lives, self._desired.settings))
 
     def _staff(self) -> None:
         for role, wanted in self._wanted.items():
@@ -304,6 +338,7 @@ class Controller:
             role=role,
             state=MemberState.JOINING,
             num_slots=self._desired.num_slots if role is Role.EXPERT_WORKER else 0,
+            settings=self._desired.settings.get(role, ""),
         )
         specs = self._blueprints[role](member.id)
         life = Life(member, tuple(spec.id for spec in specs))
@@ -383,8 +418,9 @@ class Controller:
             return not any(other.role in before for other in self._lives.values())
         if not life.leaving or life.phase is not Phase.SERVE:
             return life.leaving
-        if life.role is not Role.EXPERT_WORKER:
-            return self._pool(life.role).serving >= self._wanted[life.role]
+        replaced = self._pool(life.role).serving >= self._wanted[life.role]
+        if life.role is not Role.EXPERT_WORKER or (life.relieved and not replaced):
+            return replaced
         staying = [w.member.id for w in self._workers() if w.phase is Phase.SERVE and not w.leaving]
         moved = not self._assignment.num_missing and not self._book.loading
         return moved and self._book.covers(life.member.id, staying)
@@ -451,7 +487,8 @@ class Controller:
         """Journal and publish a View if anything that it or its record says has changed."""
         members = tuple(sorted((w.member for w in self._lives.values()), key=lambda m: m.id))
         leaving = frozenset(w.member.id for w in self._lives.values() if w.leaving)
-        state = (members, leaving, self._book.version, tuple(self._wanted.items()))
+        wanted = tuple(self._wanted.items())
+        state = (members, leaving, self._book.version, wanted, self._rolling)
         if state == self._published or self._superseded:
             return
         placement = self._view.placement
@@ -461,7 +498,15 @@ class Controller:
             self._view, version=self._view.version + 1, members=members, placement=placement
         )
         try:
-            self._journal.append(Record(view, dict(self._wanted), leaving))
+            self._journal.append(
+                Record(
+                    view,
+                    dict(self._wanted),
+                    leaving,
+                    configured=dict(self._desired.members),
+                    rolling=self._rolling,
+                )
+            )
         except RefusedError:
             self._still_leads()
             return
@@ -537,4 +582,5 @@ class Controller:
             silent_s=life.silent_s(now_s),
             suspect=self._is_suspect(life, now_s),
             leaving=life.leaving,
+            outdated=life.member.settings != self._desired.settings.get(life.role, ""),
         )

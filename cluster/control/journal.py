@@ -6,10 +6,12 @@ system that honours O_EXCL. It must not lie on the Ray head's own disk alone.
 
 import os
 import pickle
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from cluster.control.ports import Record
 from workers.errors import RefusedError
+from workers.placement import Member
 
 _KEPT_VIEWS = 16
 
@@ -64,6 +66,9 @@ class DirectoryJournal:
             return None
         record = pickle.loads(paths[-1].read_bytes())  # noqa: S301 - our own directory
         assert isinstance(record, Record)
+        _complete(record)
+        for member in record.view.members:
+            _complete(member)
         return record
 
     def _sync_directory(self) -> None:
@@ -77,3 +82,11 @@ class DirectoryJournal:
     def _highest_term(self) -> int:
         terms = [int(p.name.removeprefix("term-")) for p in self._directory.glob("term-*")]
         return max(terms, default=0)
+
+
+def _complete(value: Record | Member) -> None:
+    """Give a value that an older program stored the fields that it did not know: the last ones."""
+    for field in fields(value):
+        if not hasattr(value, field.name):
+            made = field.default if field.default_factory is MISSING else field.default_factory()
+            object.__setattr__(value, field.name, made)

@@ -54,8 +54,8 @@ class Life:
     """One member's processes and how far they are.
 
     `enlisted` says of a worker that it holds experts or is to; the others stand by. `leaving` says
-    that the member goes for good as soon as it is not needed. `adopted` that an earlier controller
-    started it.
+    that the member goes for good as soon as it is not needed; `relieved`, that this is when another
+    one serves in its place.
     """
 
     member: Member
@@ -69,6 +69,7 @@ class Life:
     asked: set[ProcessId] = field(default_factory=set)
     enlisted: bool = False
     leaving: bool = False
+    relieved: bool = False
 
     @property
     def role(self) -> Role:

@@ -1,7 +1,7 @@
 """What is wanted of a cluster, and how patient its controller is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.placement import Role
 
@@ -10,7 +10,8 @@ from workers.placement import Role
 class Desired:
     """How many members of each role are wanted, and how experts are spread over them.
 
-    `standby` workers more are kept, which hold nothing.
+    `standby` workers more are kept, which hold nothing. `settings` names, for each role, what its
+    processes are started with now; members with other settings are replaced in a rollout.
     """
 
     members: Mapping[Role, int]
@@ -18,6 +19,7 @@ class Desired:
     floor: int = 1
     standby: int = 0
     max_workers: int = 128
+    settings: Mapping[Role, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

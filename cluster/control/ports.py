@@ -108,12 +108,15 @@ class Runtime(Protocol):
 class Record:
     """What a controller must find again: the View, and how many members of each role are wanted.
 
-    `leaving` are the members that leave for good.
+    `leaving` are the members that leave for good. `configured` is how many the configuration asked
+    for, from which `wanted` may have been scaled. `rolling`: outdated members are being replaced.
     """
 
     view: View
     wanted: Mapping[Role, int] = field(default_factory=dict)
     leaving: frozenset[MemberId] = frozenset()
+    configured: Mapping[Role, int] = field(default_factory=dict)
+    rolling: bool = False
 
 
 class Journal(Protocol):

@@ -17,6 +17,7 @@ class MemberStatus:
     silent_s: float = 0.0
     suspect: bool = False
     leaving: bool = False
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class ClusterStatus:
     """The cluster at one moment. `ready` says whether a request would be served now.
 
     `rebalancing_s` is for how long some expert has lacked a wanted copy; 0 while none does.
+    `rolling` says whether outdated members, which were started with other settings than new ones
+    are, are being replaced.
     """
 
     view: View
@@ -46,6 +49,7 @@ class ClusterStatus:
     rebalancing_s: float = 0.0
     replicas_loading: int = 0
     allows_chaos: bool = False
+    rolling: bool = False
 
 
 class StepWatch:

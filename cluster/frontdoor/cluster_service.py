@@ -77,7 +77,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.GetViewResponse:
         """Return the newest View."""
         del request
-        async with guarded(self._parts, "GetView", context):
+        async with guarded(self._parts, "GetView", context, for_operators=True):
             return cluster_pb2.GetViewResponse(view=self._message())
         raise AssertionError  # the guard has raised
 
@@ -86,7 +86,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> None:
         """Stream the newest View, now and whenever a newer one is adopted."""
         del request
-        async with guarded(self._parts, "WatchView", context):
+        async with guarded(self._parts, "WatchView", context, for_operators=True):
             while True:
                 if self._cache.view is not None:
                     await context.write(cluster_pb2.WatchViewResponse(view=self._message()))
@@ -97,7 +97,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.GetStatusResponse:
         """Return the controller's word on every member."""
         del request
-        async with guarded(self._parts, "GetStatus", context):
+        async with guarded(self._parts, "GetStatus", context, for_operators=True):
             status = await self._operator.status()
             return cluster_pb2.GetStatusResponse(status=status_message(status))
         raise AssertionError  # the guard has raised
@@ -106,7 +106,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.ScaleRequest, context: Context
     ) -> cluster_pb2.ScaleResponse:
         """Set how many members of a role are wanted."""
-        async with guarded(self._parts, "Scale", context):
+        async with guarded(self._parts, "Scale", context, for_operators=True):
             role = _SCALABLE.get(request.role)
             if role is None:
                 raise InvalidRequestError(
@@ -120,7 +120,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.DrainRequest, context: Context
     ) -> cluster_pb2.DrainResponse:
         """Have one member leave for good."""
-        async with guarded(self._parts, "Drain", context):
+        async with guarded(self._parts, "Drain", context, for_operators=True):
             if not request.member:
                 raise InvalidRequestError(FieldViolation("member", "must name a member"))
             member = await self._operator.drain(request.member)

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+from cluster.frontdoor.tls import TlsFiles
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontDoorOptions:
     """What can be set at a front door.
 
-    `name` tells front doors apart at the gateways. Without `api_keys` everybody may call.
+    `name` tells front doors apart at the gateways. At `health_listen` health alone is answered, in
+    cleartext; with `shares_port` further front doors on this node may take the same ports. Without
+    `api_keys_file` and `tls.client_ca` everybody may call; `operators` may change the cluster.
     `max_requests` bounds the requests in flight, `max_waiting` those of them that have no token
     yet. `default_max_tokens` bounds a completion whose max_tokens is unset. `gateway_wait_s` is how
     long a request waits while no gateway can take it. `expected_tokens` stands for the length of a
@@ -17,8 +21,11 @@ class FrontDoorOptions:
 
     name: str = "frontdoor"
     listen: str = "127.0.0.1:0"
-    api_keys: tuple[tuple[str, str], ...] = ()  # (key, tenant)
-    loopback_without_key: bool = True
+    health_listen: str = ""
+    shares_port: bool = False
+    tls: TlsFiles | None = None
+    api_keys_file: str = ""
+    operators: tuple[str, ...] = ()
     max_requests: int = 1024
     max_waiting: int = 256
     retry_after_s: float = 1.0

@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.control.status import StepWatch
 from cluster.frontdoor.admission import Admission
-from cluster.frontdoor.auth import Authenticator
+from cluster.frontdoor.auth import Authenticator, KeyFile
 from cluster.frontdoor.cluster_service import ClusterService, ViewCache
 from cluster.frontdoor.gateways import GatewayPool
 from cluster.frontdoor.metrics import FrontDoorMetrics, NoMetrics
@@ -17,6 +17,7 @@ from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.operator import NoOperator, Operator
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.service import FrontDoorParts, InferenceService
+from cluster.frontdoor.tls import Certificates
 from cluster.pb.expertmesh.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -51,6 +52,9 @@ class FrontDoor:
         metrics: Where observations go.
         operator: The controller; none when nobody may be asked to change the cluster.
         clock: Measures what the metrics report.
+
+    Raises:
+        ConfigError: Certificates or keys cannot be used.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class FrontDoor:
         operator: Operator | None = None,
         clock: Clock | None = None,
     ) -> None:
-        metrics = metrics or NoMetrics()
+        metrics, clock = metrics or NoMetrics(), clock or SystemClock()
         self._operator = operator or NoOperator()
         self._options = options
         self._views = ViewCache(experts_in_gateway=options.experts_in_gateway)
@@ -72,11 +76,14 @@ class FrontDoor:
             pool=GatewayPool(options),
             admission=Admission(options, metrics),
             authenticator=Authenticator(
-                options.api_keys, loopback_without_key=options.loopback_without_key
+                KeyFile(options.api_keys_file, clock) if options.api_keys_file else None,
+                by_certificate=options.tls is not None and bool(options.tls.client_ca),
+                operators=options.operators,
             ),
             metrics=metrics,
-            clock=clock or SystemClock(),
+            clock=clock,
         )
+        self._certificates = Certificates(options.tls) if options.tls else None
         self._parts.pool.listeners.add(self._health_may_change)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._health_change = asyncio.Lock()
@@ -84,6 +91,8 @@ class FrontDoor:
         self._step_watches: dict[MemberId, StepWatch] = {}
         self._was_ready = False
         self._server: grpc.aio.Server | None = None
+        self._health_server: grpc.aio.Server | None = None
+        self.health_address = ""
 
     async def start(self) -> str:
         """Listen, and return HOST:PORT.
@@ -101,15 +110,14 @@ class FrontDoor:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        try:
-            port = self._server.add_insecure_port(self._options.listen)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._options.listen}: {error}") from error
+        address = _bind(self._server, self._options.listen, self._certificates)
         await self._set_health()
+        if self._options.health_listen:
+            await self._start_health()
         await self._server.start()
         watch = asyncio.get_running_loop().create_task(self._watch_progress())
         self._health_tasks.add(watch)
-        return f"{self._options.listen.rpartition(':')[0]}:{port}"
+        return address
 
     def adopt(self, view: View) -> None:
         """Take a View if it is newer, and connect to its gateways."""
@@ -142,6 +150,9 @@ class FrontDoor:
         """
         self._parts.admission.is_draining = True
         await self._set_health()
+        if self._options.shares_port and self._server is not None:
+            # Clients are told to connect again, which leads to whoever else has the port.
+            asyncio.get_running_loop().create_task(self._server.stop(deadline_s))
         has_finished = await self._parts.admission.wait_idle(deadline_s)
         await self.close()
         return has_finished
@@ -153,7 +164,16 @@ class FrontDoor:
             task.cancel()
         if self._server is not None:
             await self._server.stop(grace=0.5)  # for the last words of streams that have ended
+        if self._health_server is not None:
+            await self._health_server.stop(grace=None)
         await self._parts.pool.close()
+
+    async def _start_health(self) -> None:
+        """Answer health on a cleartext port of its own, for probes that speak no TLS."""
+        self._health_server = grpc.aio.server(options=_server_options(self._options))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+        self.health_address = _bind(self._health_server, self._options.health_listen)
+        await self._health_server.start()
 
     def _is_stalled(self) -> bool:
         """Whether every gateway that has something to do has done nothing for too long."""
@@ -189,9 +209,21 @@ class FrontDoor:
             await self._health.set(_CLUSTER, not_serving if draining else serving)
 
 
+def _bind(server: grpc.aio.Server, listen: str, certificates: Certificates | None = None) -> str:
+    """Open the port and return HOST:PORT as it is; raises ConfigError."""
+    try:
+        if certificates is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, certificates.credentials())
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {listen}: {error}") from error
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
 def _server_options(options: FrontDoorOptions) -> list[tuple[str, int]]:
     return [
-        ("grpc.so_reuseport", 0),  # a port that is taken is an error
+        ("grpc.so_reuseport", int(options.shares_port)),  # else a port that is taken is an error
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
         ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000)),

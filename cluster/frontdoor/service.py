@@ -3,10 +3,11 @@
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import grpc
 import structlog
@@ -53,11 +54,14 @@ class FrontDoorParts:
 
 
 @asynccontextmanager
-async def guarded(parts: FrontDoorParts, method: str, context: Context) -> AsyncIterator[str]:
+async def guarded(
+    parts: FrontDoorParts, method: str, context: Context, *, for_operators: bool = False
+) -> AsyncIterator[str]:
     """Authenticate a call, yield its tenant, and turn whatever is raised into a gRPC status."""
     code = grpc.StatusCode.OK
+    identify = parts.authenticator.operator if for_operators else parts.authenticator.caller
     try:
-        yield parts.authenticator.tenant(context.invocation_metadata() or (), context.peer())
+        yield identify(context.invocation_metadata() or (), _identities(context)).tenant
     except ExpertmeshError as error:
         code = translate.code_of(error)
         await _abort(context, error)
@@ -76,6 +80,11 @@ async def guarded(parts: FrontDoorParts, method: str, context: Context) -> Async
     finally:
         parts.metrics.request_ended(method, code.name)
         _log.info("call ended", method=method, code=code.name)
+
+
+def _identities(context: Context) -> Sequence[bytes]:
+    """Return the names in the client's certificate; none when the connection has none."""
+    return tuple(context.peer_identities() or ())
 
 
 async def _abort(context: Context, error: ExpertmeshError) -> NoReturn:
@@ -185,7 +194,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def _key(self, tenant: str, request_id: str) -> str:
         """Return the id by which the cluster knows a request: each tenant has its own names."""
-        return f"{tenant}/{request_id}" if self._parts.options.api_keys else request_id
+        if self._parts.authenticator.is_open:
+            return request_id
+        return f"{quote(tenant, safe='')}/{request_id}"  # no tenant reaches into another's names
 
     def _check_model(self, name: str) -> None:
         if name not in ("", self._model.name):

@@ -21,6 +21,7 @@ from workers.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     RefusedError,
     UnauthenticatedError,
     UnavailableError,
@@ -38,6 +39,7 @@ _STATUSES: Sequence[tuple[type[ExpertmeshError], grpc.StatusCode]] = (
     (DrainingError, grpc.StatusCode.UNAVAILABLE),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (RefusedError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 _ROLES = ("system", "user", "assistant", "tool")

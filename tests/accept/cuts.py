@@ -87,7 +87,7 @@ def run_inside(options: argparse.Namespace) -> bool:
     ):  # fmt: skip
         head.join(far.address, {"expert_slot": WORKERS_A_HOST}, far.inside)
         command = [
-            "--ray-address", head.address, "--model", "demo", "--allow-chaos",
+            "--ray-address", head.address, "--model", "demo", "--allow-chaos", "--insecure",
             "--expert-workers", str(2 * WORKERS_A_HOST), "--set", "experts.min=1",
             "--set", f"experts.floor={options.floor}", "--set", f"control.journal={journal}",
             "--set", "experts.resources={expert_slot: 1}",

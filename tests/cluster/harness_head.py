@@ -22,20 +22,32 @@ _STORE_BYTES = 90_000_000
 
 @dataclass
 class Head:
-    """A running head; `address` is what `--ray-address` takes."""
+    """A running head; `address` and `client_address` are what `--ray-address` takes."""
 
     address: str
+    client_address: str
     directory: Path
     environment: Mapping[str, str]
 
     def join(self, host: str, resources: Mapping[str, float], inside: Sequence[str]) -> None:
         """Start a node of this cluster that is reached at `host`; `inside` goes before commands."""
-        command = [
-            *inside, *_RAY, "start", f"--address={self.address}", f"--node-ip-address={host}",
+        _started([*inside, *self._node(host, resources)], self.environment)
+
+    def join_in_foreground(
+        self, host: str, resources: Mapping[str, float], **environment: str
+    ) -> subprocess.Popen:
+        """Start a node that drains and ends on SIGTERM, as a container's command does."""
+        return subprocess.Popen(
+            [*self._node(host, resources), "--block"], env={**self.environment, **environment},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _node(self, host: str, resources: Mapping[str, float]) -> list[str]:
+        return [
+            *_RAY, "start", f"--address={self.address}", f"--node-ip-address={host}",
             "--num-cpus=2", f"--object-store-memory={_STORE_BYTES}",
             f"--resources={json.dumps(dict(resources))}",
         ]  # fmt: skip
-        _started(command, self.environment)
 
     def kill_gcs(self) -> tuple[list[str], dict[str, str], str]:
         """SIGKILL the GCS; returns how to start it again."""
@@ -54,11 +66,14 @@ class Head:
         )  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
-        """Return the head's processes, which all name its directory."""
+        """Return the head's processes: all name its directory, but the client server its port."""
+        client_port = self.client_address.rpartition(":")[2]
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if str(self.directory) in " ".join(process.cmdline()):
+                line = " ".join(process.cmdline())
+                serves_clients = "ray.util.client.server" in line and f"={client_port} " in line
+                if str(self.directory) in line or serves_clients:
                     found.append(process)
         return [p for p in found if p.pid != os.getpid()]
 
@@ -76,10 +91,12 @@ def ray_head(
     host: str = "127.0.0.1",
     resources: Mapping[str, float] | None = None,
     inside: Sequence[str] = (),
+    ports: tuple[int, int] | None = None,
 ) -> Iterator[Head]:
     """Run a head whose GCS keeps its tables in `rocksdb`, a `redis` of its own, or `memory`.
 
-    `inside` goes before its command, such as what enters a network namespace.
+    `inside` goes before its command, such as what enters a network namespace. `ports` are those of
+    the GCS and of the client server.
     """
     directory = Path(tempfile.mkdtemp(prefix="head-"))
     environment = {
@@ -100,12 +117,12 @@ def ray_head(
     elif storage == "rocksdb":
         environment["RAY_gcs_storage"] = "rocksdb"
         environment["RAY_gcs_storage_path"] = str(directory / "tables")
-    port = free_port()
-    head = Head(f"{host}:{port}", directory, environment)
+    port, client_port = ports or (free_port(), free_port())
+    head = Head(f"{host}:{port}", f"ray://{host}:{client_port}", directory, environment)
     command = [
         *inside, *_RAY, "start", "--head", f"--port={port}", f"--node-ip-address={host}",
         "--num-cpus=2", "--include-dashboard=false", f"--object-store-memory={_STORE_BYTES}",
-        f"--temp-dir={directory}/t", f"--ray-client-server-port={free_port()}",
+        f"--temp-dir={directory}/t", f"--ray-client-server-port={client_port}",
         f"--dashboard-agent-listen-port={free_port()}",
         f"--resources={json.dumps(dict(resources or {}))}",
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The front door over real gRPC: streams, finishes, chat, cancellation, health, drain."""
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
@@ -361,10 +362,11 @@ async def test_clients_see_the_view_with_members_coverage_and_load(model):
         watch.cancel()
 
 
-async def test_tenants_have_their_own_request_ids(model):
-    options = FrontDoorOptions(
-        api_keys=(("ka", "alpha"), ("kb", "beta")), loopback_without_key=False
-    )
+async def test_tenants_have_their_own_request_ids(model, tmp_path):
+    keys = {name: hashlib.sha256(key).hexdigest() for name, key in (("a/b", b"ka"), ("a", b"kb"))}
+    path = tmp_path / "keys"
+    path.write_text("".join(f"{name}: {digest}\n" for name, digest in keys.items()))
+    options = FrontDoorOptions(api_keys_file=str(path))
     gateway = FakeGateway(saying(model, GREETING), hold_after=1)
     async with front_door(gateway, model=model, options=options) as site:
         request = inference_pb2.GenerateRequest(request_id="same", text="x")

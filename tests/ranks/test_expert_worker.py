@@ -19,6 +19,7 @@ from tests.ranks.harness_dispatch import (
 )
 from workers.clock import SystemClock
 from workers.dispatch.exchange import DispatchOptions, LinkDispatcher, MessageShape
+from workers.dispatch.header import OLDEST_VERSION, VERSION
 from workers.errors import PlacementError
 from workers.expert.worker import ExpertWorker, WorkerOptions
 from workers.model.checkpoint import Checkpoint
@@ -287,3 +288,23 @@ def test_a_failure_while_computing_closes_the_links_and_is_told(pair, experts):
     wait_until(lambda: worker.failure)
     assert "no room" in worker.failure
     wait_until(lambda: worker.stats().links == 0)
+
+
+@pytest.mark.parametrize("spoken", [OLDEST_VERSION, VERSION])
+def test_a_worker_that_speaks_an_older_version_is_spoken_to_in_it(experts, monkeypatch, spoken):
+    monkeypatch.setattr("workers.expert.worker.VERSION", spoken)
+    worker, dispatcher = make_worker(experts, num_slots=10), make_dispatcher(experts)
+    held = {expert: slot for slot, expert in enumerate(all_experts(5))}
+    worker.load(held)
+    worker.start()
+    view = make_view(experts, held, dispatcher.store_address)
+    try:
+        worker.adopt(view)
+        dispatcher.adopt(view)
+        dispatcher.wait_ready(DEADLINE_S)
+        check(dispatcher, experts, 4)
+        (peer,) = dispatcher._links.peers.values()
+        assert peer.open.link.terms.version == spoken
+    finally:
+        dispatcher.close()
+        worker.close()

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from cluster.frontdoor.admission import Admission, Job, check
-from cluster.frontdoor.auth import Authenticator
 from cluster.frontdoor.gateways import GatewayLoad, choose_gateway
 from cluster.frontdoor.metrics import NoMetrics
 from cluster.frontdoor.options import FrontDoorOptions
@@ -14,7 +13,6 @@ from workers.errors import (
     DuplicateRequestError,
     InvalidRequestError,
     OverloadedError,
-    UnauthenticatedError,
 )
 from workers.placement import MemberId
 from workers.types import Output, Request, Sampling, Stopping
@@ -171,44 +169,6 @@ async def test_draining_refuses_everybody_and_waits_for_the_rest():
             admission.check_room(is_resumed=True)
         assert not await admission.wait_idle(0.0)
     assert await admission.wait_idle(0.0)
-
-
-KEYS = (("secret-a", "alpha"), ("secret-b", "beta"))
-
-
-@pytest.mark.parametrize(
-    ("metadata", "peer", "tenant"),
-    [
-        ([("x-api-key", "secret-a")], "ipv4:10.0.0.1:5", "alpha"),
-        ([("authorization", "Bearer secret-b")], "ipv4:10.0.0.1:5", "beta"),
-        ([("authorization", "bearer secret-b")], "ipv4:127.0.0.1:5", "beta"),
-        ([], "ipv4:127.0.0.1:5", ""),
-        ([], "ipv6:%5B::1%5D:5", ""),
-        ([], "unix:", ""),
-    ],
-)
-def test_a_key_names_its_tenant(metadata, peer, tenant):
-    assert Authenticator(KEYS, loopback_without_key=True).tenant(metadata, peer) == tenant
-
-
-@pytest.mark.parametrize(
-    ("metadata", "peer", "loopback_without_key"),
-    [
-        ([], "ipv4:10.0.0.1:5", True),
-        ([], "ipv4:127.0.0.1:5", False),
-        ([("x-api-key", "secret")], "ipv4:127.0.0.1:5", True),
-        ([("authorization", "Basic secret-a")], "ipv4:10.0.0.1:5", True),
-    ],
-)
-def test_without_a_known_key_nobody_comes_in(metadata, peer, loopback_without_key):
-    authenticator = Authenticator(KEYS, loopback_without_key=loopback_without_key)
-    with pytest.raises(UnauthenticatedError, match="API key"):
-        authenticator.tenant(metadata, peer)
-
-
-def test_where_no_keys_are_set_everybody_may_call():
-    authenticator = Authenticator((), loopback_without_key=False)
-    assert authenticator.tenant([("x-api-key", "whatever")], "ipv4:10.0.0.1:5") == ""
 
 
 def test_the_gateway_with_the_fewest_outstanding_tokens_is_chosen():

@@ -10,23 +10,27 @@ import typer
 from cluster.cli.bench import Outcome, percentiles, summarize
 from cluster.cli.main import app, run
 
+CLIENT = {"server", "tls-ca", "tls-cert", "tls-key", "api-key-file"}
 OPTIONS = {
     "serve": {
         "model", "config", "set", "gateways", "tensor-parallel", "expert-workers", "listen",
-        "ray-address", "allow-chaos",
+        "ray-address", "allow-chaos", "insecure",
     },
+    "apply": {"config", "set", "ray-address", "watch", "insecure"},
+    "rollout": {"config", "set", "ray-address", "timeout-s"},
+    "down": {"ray-address"},
     "demo": {"config", "set", "client"},
-    "chat": {"server", "system", "thinking", "temperature", "max-tokens", "seed"},
-    "generate": {"server", "temperature", "max-tokens", "seed"},
-    "status": {"server", "json", "watch"},
-    "scale": {"server"},
-    "drain": {"server"},
+    "chat": {*CLIENT, "system", "thinking", "temperature", "max-tokens", "seed"},
+    "generate": {*CLIENT, "temperature", "max-tokens", "seed"},
+    "status": {*CLIENT, "json", "watch"},
+    "scale": CLIENT,
+    "drain": CLIENT,
     "bench": {
-        "server", "requests", "concurrency", "rate-per-s", "prompt-tokens", "output-tokens",
+        *CLIENT, "requests", "concurrency", "rate-per-s", "prompt-tokens", "output-tokens",
         "seed", "json",
     },
     "chaos": {
-        "server", "model", "kills", "double-kills", "freezes", "joins", "drains",
+        *CLIENT, "model", "kills", "double-kills", "freezes", "joins", "drains",
         "controller-kills", "concurrency", "seed", "bit-stable", "json", "plot",
     },
     "check": {"model", "config", "set", "parity"},

@@ -65,6 +65,38 @@ def test_a_malformed_setting_is_refused(setting) -> None:
         load_config(None, ["model.path=x", setting])
 
 
+LISTENS = {
+    "127.0.0.1:1": True, "127.9.0.1:1": True, "[::1]:1": True, "localhost:1": True,
+    "unix:/run/door": True, "0.0.0.0:1": False, "[::]:1": False, ":1": False, "10.0.0.1:1": False,
+    "door.example:1": False, "localhost.example:1": False,
+}  # fmt: skip
+WAYS = {
+    "nothing": ([], False),
+    "keys": (["front_doors.api_keys_file=keys"], True),
+    "TLS alone": (["front_doors.tls={cert: c, key: k}"], False),
+    "mTLS": (["front_doors.tls={cert: c, key: k, client_ca: a}"], True),
+    "insecure": (["front_doors.insecure=true"], True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("listen", LISTENS)
+def test_beyond_loopback_nobody_is_served_who_is_not_known_unless_that_is_meant(listen, way):
+    settings, allowed = WAYS[way]
+    settings = [*settings, f"front_doors.listen='{listen}'"]
+    if allowed or LISTENS[listen]:
+        assert load_config(None, settings).front_doors.listen == listen
+        return
+    with pytest.raises(ConfigError, match=r"api_keys_file or .*client_ca .*--insecure"):
+        load_config(None, settings)
+
+
+@pytest.mark.parametrize("tls", ["{cert: c}", "{key: k}", "{client_ca: a}"])
+def test_half_of_a_tls_section_is_refused(tls):
+    with pytest.raises(ConfigError, match=r"front_doors\.tls: set cert and key together"):
+        load_config(None, [f"front_doors.tls={tls}"])
+
+
 def test_a_missing_file_is_a_config_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "none.yaml")

@@ -22,8 +22,9 @@ def processes(role: Role, count: int):
 
 class Bench:
     def __init__(
-        self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, slots=16, after=None
-    ) -> None:
+        self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, slots=16,
+        after=None, settings="",
+    ) -> None:  # fmt: skip
         self.runtime = after.runtime if after else FakeRuntime()
         self.clock = after.clock if after else FakeClock()
         if after:
@@ -39,6 +40,7 @@ class Bench:
                 num_slots=slots,
                 floor=floor,
                 standby=standby,
+                settings=dict.fromkeys(Role, settings),
             ),
             Placement("w", LAYERS, EXPERTS),
             {

@@ -1,5 +1,7 @@
 """Headers and frames: what is written is read, what is damaged is refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,13 @@ def test_more_experts_than_a_mask_holds_are_refused():
 def test_terms_that_are_not_understood_are_refused():
     with pytest.raises(DispatchError, match="not understood"):
         LinkTerms.from_json('{"version": 2, "colour": "red"}')
+
+
+def test_what_only_a_newer_version_has_is_left_out_of_terms():
+    terms = LinkTerms(
+        version=3, transport="gloo", hidden_size=8, top_k=2, dtype="float32", capacity_rows=4,
+        num_buffers=2, link_timeout_s=1.0,
+    )  # fmt: skip
+    newer = {**json.loads(terms.to_json()), "colour": "red"}
+
+    assert LinkTerms.from_json(json.dumps(newer)) == terms

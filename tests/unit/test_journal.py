@@ -1,11 +1,16 @@
 """The journal of Views: terms are unique, the newest View is found, the superseded are refused."""
 
+import pickle
+from dataclasses import fields, make_dataclass
+
 import pytest
 
+from cluster.control import ports
 from cluster.control.journal import DirectoryJournal
 from cluster.control.ports import Record
+from workers import placement
 from workers.errors import RefusedError
-from workers.placement import Placement, Role, View
+from workers.placement import MemberId, MemberState, Placement, Role, View
 
 
 def record(term: int, version: int) -> Record:
@@ -48,3 +53,32 @@ def test_old_views_are_removed(tmp_path) -> None:
 
     assert len(list(tmp_path.glob("view-*"))) == 16
     assert journal.latest() == record(term, 39)
+
+
+def test_what_an_older_program_wrote_is_read_with_what_it_did_not_know(
+    tmp_path, monkeypatch
+) -> None:
+    """Classes of the same names with fewer fields stand for the older program's."""
+
+    def older(kind: type, *names: str) -> type:
+        known = [(f.name, f.type) for f in fields(kind) if f.name in names]
+        made = make_dataclass(kind.__name__, known, frozen=True, slots=True)
+        made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
+        return made
+
+    old_member = older(placement.Member, "id", "role", "state", "node")
+    old_record = older(ports.Record, "view", "wanted", "leaving")
+    with monkeypatch.context() as then:
+        then.setattr(placement, "Member", old_member)
+        then.setattr(ports, "Record", old_record)
+        member = old_member(MemberId("gateway-0", 1), Role.GATEWAY, MemberState.ACTIVE, "node")
+        view = View(1, 1, (member,), Placement("w", 1, 1))
+        raw = pickle.dumps(old_record(view, {Role.GATEWAY: 1}, frozenset()))
+    (tmp_path / f"view-{1:012d}-{1:012d}").write_bytes(raw)
+
+    found = DirectoryJournal(tmp_path).latest()
+
+    assert found is not None
+    (read,) = found.view.members
+    assert (read.id, read.node, read.settings, read.stores) == (member.id, "node", "", ())
+    assert (found.wanted, found.configured, found.rolling) == ({Role.GATEWAY: 1}, {}, False)

@@ -9,11 +9,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from workers.clock import Clock
-from workers.dispatch.header import VERSION, Header, Kind, ReplyFrame, RequestFrame
+from workers.dispatch.header import OLDEST_VERSION, VERSION, Header, Kind, ReplyFrame, RequestFrame
 from workers.dispatch.link import Link
 from workers.dispatch.options import DispatchOptions, LinkTerms, MessageShape
 from workers.dispatch.recovery import AnswerTimes, Attempt
@@ -232,13 +232,19 @@ class LinkSet:
             self._user.link_down(peer, opened)
 
     def _keep_open(self, peer: Peer, store: LinkStore) -> None:
-        """Body of a worker's thread: open, receive until it breaks, again."""
+        """Body of a worker's thread: open, receive until it breaks, again.
+
+        A worker that refuses is offered the version before, which is what an older one speaks.
+        """
         key = link_key(self._gateway, self._rank, peer.worker)
-        pause_s = self._options.reconnect_s
+        pause_s, version = self._options.reconnect_s, VERSION
         while not peer.dropped.is_set():
             attempt = self._attempts[peer.worker] = self._attempts.get(peer.worker, 0) + 1
+            opened = None
             try:
-                opened = self._open(peer, store, key, attempt)
+                opened = self._open(
+                    peer, store, key, attempt, replace(self._terms, version=version)
+                )
                 if opened is None:
                     return
                 pause_s = self._options.reconnect_s
@@ -246,11 +252,15 @@ class LinkSet:
             except DispatchError as error:
                 if not peer.dropped.is_set():
                     log.warning("link %d to %s: %s", attempt, peer.worker, error)
+                if opened is None and not isinstance(error, LinkClosedError):
+                    version = version - 1 if version > OLDEST_VERSION else VERSION
             peer.dropped.wait(pause_s)
             pause_s = min(2 * pause_s, self._options.max_reconnect_s)
 
-    def _open(self, peer: Peer, store: LinkStore, key: str, attempt: int) -> OpenLink | None:
-        link = self._opener.offer(store, key, attempt, self._terms, peer.dropped)
+    def _open(
+        self, peer: Peer, store: LinkStore, key: str, attempt: int, terms: LinkTerms
+    ) -> OpenLink | None:
+        link = self._opener.offer(store, key, attempt, terms, peer.dropped)
         if link is None:
             return None
         opened = OpenLink(peer.worker, link, self._options.num_buffers)

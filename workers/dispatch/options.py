@@ -1,7 +1,7 @@
 """What the operator may set about dispatch, and what both ends of a link agree on."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
 import torch
@@ -95,8 +95,9 @@ class LinkTerms:
 
     @classmethod
     def from_json(cls, text: str) -> "LinkTerms":
-        """Read terms; raises DispatchError when they are not understood."""
+        """Read terms, but for what only a newer version has; raises DispatchError."""
         try:
-            return cls(**json.loads(text))
+            given = dict(json.loads(text))
+            return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
         except (TypeError, ValueError) as error:
             raise DispatchError(f"terms of a link are not understood: {text!r}") from error

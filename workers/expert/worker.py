@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.clock import Clock
-from workers.dispatch.header import Status
+from workers.dispatch.header import OLDEST_VERSION, VERSION, Status
 from workers.dispatch.options import LinkTerms
 from workers.dispatch.rendezvous import LinkOpener
 from workers.errors import LinkClosedError, PlacementError
@@ -185,6 +185,8 @@ class ExpertWorker:
 
     def _refuse(self, terms: LinkTerms) -> str:
         """Say why a link's terms cannot be accepted; "" when they can."""
+        if not OLDEST_VERSION <= terms.version <= VERSION:
+            return f"version {terms.version}, spoken here {OLDEST_VERSION} to {VERSION}"
         ours = (self._config.hidden_size, self._config.num_experts_per_token, self._options.dtype)
         theirs = (terms.hidden_size, terms.top_k, terms.dtype)
         if theirs != ours:

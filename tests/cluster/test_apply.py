@@ -1,0 +1,76 @@
+"""A cluster on a Ray head: applied, applied again, changed, rolled out under load, taken down.
+
+`make accept-rollout` is the long form.
+"""
+
+import json
+
+import grpc
+import psutil
+import pytest
+
+from cluster.chaos.run import ChaosOptions
+from cluster.pb.expertmesh.v1 import inference_pb2 as pb
+from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.accept.rollout import run_rollouts
+from tests.cluster.harness_apply import Site, site
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+SEED = 5
+
+
+def pids(cluster: Site) -> dict[str, int]:
+    status = cluster.run("status", "--json", "--server", cluster.endpoint)
+    assert status.returncode == 0, status.stderr
+    return {
+        f"{m['name']}.{m['incarnation']}": m["pid"] for m in json.loads(status.stdout)["members"]
+    }
+
+
+def answer(cluster: Site) -> list[int]:
+    request = pb.GenerateRequest(
+        text="In the beginning",
+        sampling=pb.Sampling(temperature=0),
+        stopping=pb.Stopping(max_tokens=12, ignore_eos=True),
+    )
+    with grpc.insecure_channel(cluster.endpoint) as channel:
+        responses = InferenceServiceStub(channel).Generate(request, timeout=60)
+        return [token for response in responses for token in response.token_ids]
+
+
+def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -> None:
+    print(f"seed {SEED}")
+    with site(**{"experts.workers": 1, "control.allow_chaos": True}) as cluster:
+        started = cluster.apply()
+        assert started.stdout == f"ready {cluster.endpoint}\n", started.stderr
+        first, tokens = pids(cluster), answer(cluster)
+
+        again = cluster.apply()
+        assert (again.stdout, pids(cluster)) == (started.stdout, first)
+
+        cluster.configure({"experts.workers": 2, "gateways.max_waiting": 64})
+        changed = cluster.apply().stderr
+        assert "scaled: experts.workers: 1 -> 2" in changed
+        assert "at the next rollout: gateways.max_waiting: 1024 -> 64" in changed
+        assert "1 members run with older settings" in changed
+        second = pids(cluster)
+        assert first.items() < second.items()
+        assert len(second) == len(first) + 1
+
+        cluster.configure({"model.dtype": "bfloat16"})
+        refused = cluster.apply()
+        assert refused.returncode == 1
+        assert "model.dtype: auto -> bfloat16" in refused.stderr
+        cluster.configure({"model.dtype": "auto"})
+
+        chaos = ChaosOptions(counts={}, concurrency=4, seed=SEED)
+        report = run_rollouts(cluster, chaos, rounds=1)
+        assert report["passed"], report
+        assert report["replay"]["sequences"] >= 4
+        third = pids(cluster)
+        assert second.keys().isdisjoint(third)
+        assert answer(cluster) == tokens
+
+        assert cluster.down().stdout == "ended\n"
+        assert not any(psutil.pid_exists(pid) for pid in third.values())
+        assert cluster.down().stdout == "nothing ran\n"
