@@ -81,12 +81,37 @@ class ExpertSection(ProcessSection):
     """Most workers, which is as many links as a gateway rank may have."""
 
 
+class TlsSection(_Section):
+    """Transport security of the front doors; PEM files, read again when they change."""
+
+    cert: str = ""
+    """The certificate that clients are shown, followed by its chain; empty is cleartext."""
+    key: str = ""
+    """Its private key."""
+    client_ca: str = ""
+    """Whom clients' certificates must come from (mTLS): the first name in a certificate, or its
+    common name, is the caller's tenant. Empty asks for no certificate."""
+
+
 class FrontDoorSection(ProcessSection):
     """Front doors: what clients connect to."""
 
     count: PositiveCount = 1
     listen: str = "127.0.0.1:50051"
-    """HOST:PORT; port 0 takes a free one. Further front doors take free ports."""
+    """HOST:PORT; port 0 takes a free one. On one machine further front doors take free ports; on a
+    Ray cluster all of them take this one, each on its node."""
+    health_listen: str = ""
+    """HOST:PORT of a cleartext port that answers grpc.health.v1 alone, for probes that speak no
+    TLS; taken as `listen` is. Empty opens none."""
+    tls: TlsSection = TlsSection()
+    api_keys_file: str = ""
+    """Who may call: lines of `TENANT: SHA-256 of a key, in hex`, read again when the file changes.
+    A tenant may have several. Empty asks for no key."""
+    operators: tuple[str, ...] = ()
+    """Tenants that may also read the cluster's state, scale and drain; where callers are not
+    authenticated, everybody may."""
+    insecure: bool = False
+    """Listen beyond loopback without keys and without clients' certificates."""
     max_requests: PositiveCount = 1024
     """Requests in flight before new ones are refused."""
     max_waiting: PositiveCount = 256
@@ -124,6 +149,9 @@ class ControlSection(_Section):
     """How long a missing copy waits for a worker that is on its way, while another copy exists."""
     allow_chaos: bool = False
     """Whether faults may be injected; for tests."""
+    resources: dict[str, float] = {}
+    """What the controller asks of its node, such as a resource of the nodes that mount `journal`;
+    when empty it runs where it was started from."""
     start_timeout_s: Seconds = 600.0
 
 
