@@ -25,6 +25,10 @@ _QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
 _NAMES = {"type": "array", "items": {"type": "string", "minLength": 1}}
 _DEVICE_COUNT = {"type": "integer", "minimum": 0}
 _POD = "pod"
+_TEXTS_AT = (
+    "annotations", "commonAnnotations", "commonLabels", "labels", "nodeSelector", "podAnnotations",
+    "podLabels", "rayLabels",
+)  # fmt: skip
 
 # By the last words of a path; the longest that fits counts.
 _RULES: dict[str, dict[str, Any]] = {
@@ -68,13 +72,7 @@ _RULES: dict[str, dict[str, Any]] = {
     "service.type": {"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
     "shmSize": _QUANTITY,
     "size": _QUANTITY,
-    **{
-        key: _TEXTS
-        for key in (
-            "annotations", "commonAnnotations", "commonLabels", "labels", "nodeSelector",
-            "podAnnotations", "podLabels", "rayLabels",
-        )
-    },
+    **dict.fromkeys(_TEXTS_AT, _TEXTS),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,17 @@ def template(
 ) -> str:
     """Render the chart with example files and further values, and return the text."""
     arguments = [argument for path in files for argument in ("--values", str(path))]
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(dict(values or {}), file)
+    return _rendered(major, chart, (*arguments, *more), json.dumps(values or {}))
+
+
+@functools.cache
+def _rendered(major: str, chart: Path, arguments: Sequence[str], values: str) -> str:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(values)
         file.flush()
         return run(
-            major, "template", RELEASE, chart, "--namespace", NAMESPACE, "--include-crds",
-            *arguments, "--values", file.name, *more,
+            major, "template", RELEASE, chart, "--namespace", NAMESPACE, *arguments,
+            "--values", file.name,
         )  # fmt: skip
 
 
@@ -98,10 +104,31 @@ def manifests(text: str) -> list[dict[str, Any]]:
 
 def named(found: Sequence[Mapping[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
     """Return the one manifest of a kind, and of a name's end where one is given."""
-    (one,) = [
-        dict(m) for m in found if m["kind"] == kind and m["metadata"]["name"].endswith(name)
-    ]
+    (one,) = [dict(m) for m in found if m["kind"] == kind and m["metadata"]["name"].endswith(name)]
     return one
+
+
+def pods(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the component and the template of every pod that these manifests lead to."""
+    cluster = named(found, "RayCluster")["spec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        template = group["template"]
+        yield template["metadata"]["labels"]["app.kubernetes.io/component"], template
+    for manifest in found:
+        if manifest["kind"] in {"Deployment", "Job"}:
+            template = manifest["spec"]["template"]
+            yield template["metadata"]["labels"]["app.kubernetes.io/component"], template
+        elif manifest["kind"] == "Pod":
+            yield "test", dict(manifest)
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the second tree laid over the first."""
+    both = dict(first)
+    for key, value in second.items():
+        nested = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if nested else value
+    return both
 
 
 def _version(binary: Path) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from tests.helm.harness_helm import CHART, HelmError, manifests, named, template
+from tests.helm.harness_helm import CHART, HelmError, manifests, merged, named, pods, template
 from tools import chart_schema
 
 DOOR = {"listen": "0.0.0.0:50051", "health_listen": "0.0.0.0:50052"}
@@ -16,39 +16,39 @@ def doors(**changes):
     return {"config": {"front_doors": {"insecure": True, **DOOR, **changes}}}
 
 
-def merged(first, second):
-    """Return the second tree laid over the first."""
-    both = dict(first)
-    for key, value in second.items():
-        nested = isinstance(value, dict) and isinstance(both.get(key), dict)
-        both[key] = merged(both[key], value) if nested else value
-    return both
+TYPOS = [
+    ({"replicaCount": 2}, "replicaCount"),
+    ({"image": {"tagg": "1"}}, "tagg"),
+    ({"config": {"experts": {"worker": 3}}}, "worker"),
+    ({"config": {"experts": {"workers": "three"}}}, "workers"),
+    ({"config": {"control": {"silence_s": 0}}}, "silence_s"),
+    ({"expertPools": {"default": {"maxReplica": 3}}}, "expertPools"),
+    ({"expertPools": {"Not_A_Name": {}}}, "Not_A_Name"),
+    ({"gatewayPools": {"default": {"gpu": {"number": 1}}}}, "gatewayPools"),
+    ({"head": {"persistance": {}}}, "persistance"),
+    ({"frontDoors": {"minReplicas": -1}}, "minReplicas"),
+    ({"podDefaults": {"resources": {"limit": {}}}}, "limit"),
+    ({"image": {"digest": "sha256:1"}}, "digest"),
+    ({"ray": {"gcs": {"backend": "etcd"}}}, "backend"),
+    ({"model": {"source": "s3"}}, "source"),
+]
 
 
-@pytest.mark.parametrize("major", ["3", "4"])
-@pytest.mark.parametrize(
-    ("typo", "named"),
-    [
-        ({"replicaCount": 2}, "replicaCount"),
-        ({"image": {"tagg": "1"}}, "tagg"),
-        ({"config": {"experts": {"worker": 3}}}, "worker"),
-        ({"config": {"experts": {"workers": "three"}}}, "workers"),
-        ({"config": {"control": {"silence_s": 0}}}, "silence_s"),
-        ({"expertPools": {"default": {"maxReplica": 3}}}, "expertPools"),
-        ({"expertPools": {"Not_A_Name": {}}}, "Not_A_Name"),
-        ({"gatewayPools": {"default": {"gpu": {"number": 1}}}}, "gatewayPools"),
-        ({"head": {"persistance": {}}}, "persistance"),
-        ({"frontDoors": {"minReplicas": -1}}, "minReplicas"),
-        ({"podDefaults": {"resources": {"limit": {}}}}, "limit"),
-        ({"image": {"digest": "sha256:1"}}, "digest"),
-        ({"ray": {"gcs": {"backend": "etcd"}}}, "backend"),
-        ({"model": {"source": "s3"}}, "source"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_the_schema_refuses_a_typo_and_names_it(typo, named, major):
-    with pytest.raises(HelmError, match=named):
-        template(major, values=merged(doors(), typo))
+@pytest.mark.parametrize(("typo", "word"), TYPOS, ids=[word for _, word in TYPOS])
+def test_the_schema_refuses_a_typo_and_names_it(typo, word):
+    with pytest.raises(HelmError, match=word):
+        template(values=merged(doors(), typo))
+
+
+def test_helm_3_refuses_the_same_typos():
+    wrong = doors()
+    for typo, _ in TYPOS:
+        wrong = merged(wrong, typo)
+
+    with pytest.raises(HelmError) as refused:
+        template("3", values=wrong)
+
+    assert [word for _, word in TYPOS if word not in str(refused.value)] == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,9 @@ def test_the_schema_refuses_a_typo_and_names_it(typo, named, major):
         ),
         ({**doors(), "model": {"source": "pvc"}}, "does not lie in model.mountPath"),
         (
-            merged(doors(), {"model": {"source": "hostPath"}, "config": {"model": {"path": "/models/m"}}}),
+            merged(doors(), {
+                "model": {"source": "hostPath"}, "config": {"model": {"path": "/models/m"}},
+            }),
             "model.hostPath.path",
         ),
         ({**doors(), "model": {"preload": {"enabled": True}}}, "set model.source: pvc"),
@@ -165,19 +167,7 @@ def test_one_registry_serves_every_image():
     }
     rendered = manifests(template(values=values))
 
-    for pod in pods(rendered):
-        assert pod["imagePullSecrets"] == [{"name": "pull"}]
-        for container in pod["containers"]:
+    for _, pod in pods(rendered):
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "pull"}]
+        for container in pod["spec"]["containers"]:
             assert container["image"].startswith("registry.example.internal/expertmesh:")
-
-
-def pods(rendered):
-    """Return the specs of all pods that these manifests lead to."""
-    cluster = named(rendered, "RayCluster")["spec"]
-    templates = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    yield from (group["template"]["spec"] for group in templates)
-    for manifest in rendered:
-        if manifest["kind"] in {"Deployment", "Job"}:
-            yield manifest["spec"]["template"]["spec"]
-        if manifest["kind"] == "Pod":
-            yield manifest["spec"]
