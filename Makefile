@@ -92,6 +92,10 @@ accept-overhead: ## Measure what recovery costs while nothing fails; writes repo
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_recovery --json reports/overhead.json
 
+accept-chart: ## Run the chart's containers as processes until they answer (root); writes reports/chart.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chart --json reports/chart.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -112,4 +116,5 @@ export TORCH_INDEX
 .PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
+	accept-chart \
 	clean help

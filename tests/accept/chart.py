@@ -1,10 +1,11 @@
-"""The chart's rendered containers as processes on hosts of their own, from nothing to a streamed answer.
+"""The chart's rendered containers as processes on hosts of their own, until one has answered.
 
     python -m tests.accept.chart [--json FILE]
 
-Needs root, and the packages of helm/constraints-image.txt, which it fetches. What is measured: probes
-on nodes that hold no member yet, the way to the first token, `helm test`'s container, and SIGTERM of an
-expert worker's pod under load against its grace period. KubeRay and the kubelet are stood in for.
+Needs root, and the packages of helm/constraints-image.txt, which it fetches. What is measured:
+probes on nodes that hold no member yet, the way to the first token, `helm test`'s container, and
+SIGTERM of an expert worker's pod under load against its grace period. KubeRay and the kubelet are
+stood in for.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from tests.accept.chart_pods import (
 from tests.cluster.harness_hosts import Host, are_possible, hosts, in_namespaces_of_its_own
 from tests.helm.harness_helm import CHART, ROOT, manifests, named, template
 
-_PATIENCE_S = 600.0
+_PATIENCE_S = 300.0
 _VALUES = {"expertPools": {"default": {"minReplicas": 3, "maxReplicas": 4}}}
 _REQUESTS = 40
 
@@ -67,18 +68,15 @@ def ray_pods(found: list[dict[str, Any]], made: list[Host], directory: Path) -> 
     ]  # fmt: skip
     until("the head is ready", lambda: pods[0].probe("readinessProbe"))
     for group in cluster["spec"]["workerGroupSpecs"]:
-        for number in range(group["minReplicas"]):
-            pods.append(
-                started(
-                    f"{group['groupName']}-{number}", next(free), group["template"]["spec"],
-                    directory,
-                    more={
-                        **operator,
-                        "KUBERAY_GEN_RAY_START_CMD": generated_start(group, head_name),
-                        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-                    },
-                )
-            )  # fmt: skip
+        worker = {
+            **operator, "KUBERAY_GEN_RAY_START_CMD": generated_start(group, head_name),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        }  # fmt: skip
+        spec, name = group["template"]["spec"], group["groupName"]
+        pods += [
+            started(f"{name}-{number}", next(free), spec, directory, more=worker)
+            for number in range(group["minReplicas"])
+        ]
     return pods
 
 

@@ -1,10 +1,9 @@
 """Pods of the rendered chart as processes: a network namespace and file systems of its own each.
 
 What KubeRay and the kubelet would do is done here by hand: `ray start` is generated from a group's
-parameters, variables are expanded, volumes are mounted, names of Services are written to /etc/hosts.
+parameters, variables are expanded, names of Services are written to /etc/hosts.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.cluster.harness_hosts import Host
 from tests.helm.harness_helm import ROOT
 
-_TOKEN = "a-token-that-kuberay-would-make-0123456789abcdef"  # noqa: S105
+_TOKEN = "a-token-that-kuberay-would-make-0123456789abcdef"
 _PROBE_S = 5.0
 _LAYERS = "/run/netns/layers"  # a file system in memory that ends with the hosts
 # The file systems of a container, then its command.
@@ -53,10 +51,11 @@ class Pod:
         asked = probe["httpGet"]
         ports = {port["name"]: port["containerPort"] for port in self.container["ports"]}
         url = f"http://{self.host.address}:{ports[asked['port']]}{asked['path']}"
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(url, timeout=_PROBE_S) as answer:  # noqa: S310
-                return 200 <= answer.status < 400
-        return False
+        try:
+            with urllib.request.urlopen(url, timeout=_PROBE_S) as answer:
+                return bool(200 <= answer.status < 400)
+        except OSError:
+            return False
 
     def terminate(self) -> float:
         """Send SIGTERM as the kubelet does, and return how long the container takes to end."""
@@ -100,6 +99,7 @@ def started(
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), packages])),
         "OMP_NUM_THREADS": "1",
+        "GRPC_DNS_RESOLVER": "native",  # there is /etc/hosts, and no server of names
         "RAY_AUTH_TOKEN": _TOKEN,
         **more,
         **{e["name"]: _expanded(e["value"], {}) for e in container["env"] if "value" in e},
@@ -133,6 +133,7 @@ def let_names_be_found(addresses: Mapping[str, str]) -> None:
     """Let the names of Services be found, as DNS would."""
     lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
     Path("/etc/hosts").write_text("\n".join(lines) + "\n")
+    Path("/etc/resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
 
 
 def _expanded(text: str, environment: Mapping[str, str]) -> str:
