@@ -116,5 +116,4 @@ export TORCH_INDEX
 .PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
-	accept-chart \
-	clean help
+	accept-chart clean help
