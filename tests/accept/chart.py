@@ -36,6 +36,7 @@ from tests.helm.harness_helm import CHART, ROOT, manifests, named, template
 _PATIENCE_S = 300.0
 _VALUES = {"expertPools": {"default": {"minReplicas": 3, "maxReplicas": 4}}}
 _REQUESTS = 40
+_DRAINED = "Local node finished draining"  # as Ray says it
 
 
 def until(what: str, is_so: Callable[[], bool]) -> float:
@@ -152,13 +153,15 @@ def drained_under_load(pods: list[Pod], client: Host) -> dict[str, Any]:
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         time.sleep(3.0)  # so that requests run
+        assert load.poll() is None, "there is no load any more"
         took_s = pod.terminate()
         assert load.wait(_PATIENCE_S) == 0
         measured = orjson.loads(Path(file.name).read_bytes())
     print(f"{pod.name} with {member} ended {took_s:.1f} s after SIGTERM", flush=True)
-    assert not measured.get("errors"), measured["errors"]
+    assert _DRAINED in pod.log.read_text(), "it ended before it was drained"
+    assert not measured["errors"], measured["errors"]
     return {"pod": pod.name, "held": member, "ended_s": took_s, "grace_s": pod.grace_s,
-            "requests": _REQUESTS, "errors": measured.get("errors")}  # fmt: skip
+            "requests": _REQUESTS, "errors": measured["errors"]}  # fmt: skip
 
 
 def image_packages() -> Path:
