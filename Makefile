@@ -9,6 +9,7 @@ test: ## Run the tests: unit, ranks, conformance, and samples of the long matrix
 	@tools/bootstrap.sh dev
 	@$(PYTEST) -n 2 tests/unit clients/python/tests
 	@$(PYTEST) -m "not gpu and not full" --durations=10 tests/conformance tests/ranks tests/cluster tests/chaos
+	@$(PYTEST) -n 2 tests/helm
 
 test-unit: ## Run the unit tests only: no process, no socket
 	@tools/bootstrap.sh dev
@@ -23,7 +24,7 @@ test-gpu: ## Run what needs one or two GPUs; fails where there is none
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no GPU here")'
 	@$(PYTEST) -m gpu
 
-lint: ## Check format, lint, types, layers, generated code and the wire contracts
+lint: ## Check format, lint, types, layers, generated code, wire contracts and the Dockerfile
 	@tools/bootstrap.sh dev
 	@tools/lint.sh
 
@@ -34,6 +35,10 @@ format: ## Bring the code into its format
 pb: ## Generate cluster/pb and the client's copy from proto/
 	@tools/bootstrap.sh dev
 	@tools/generate_pb.sh
+
+chart: ## Generate the chart's schema of values, its table and the goldens
+	@tools/bootstrap.sh dev
+	@$(BIN)/python -m tests.helm.regenerate
 
 bench: ## Compare this engine with transformers, with and without expert workers
 	@tools/bootstrap.sh dev
@@ -91,6 +96,10 @@ accept-rollout: ## Replace every member of a cluster 10 times under load; writes
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.rollout --rounds 10 --json reports/rollout.json
 
+accept-chart: ## Run the chart's containers as processes until they answer (root); writes reports/chart.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chart --json reports/chart.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -108,7 +117,7 @@ ACCEPT := tools/bootstrap.sh dev && mkdir -p reports
 export TORCH_INDEX
 
 .NOTPARALLEL:
-.PHONY: demo test test-unit test-full test-gpu lint format pb bench \
+.PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
-	accept-rollout clean help
+	accept-rollout accept-chart clean help

@@ -191,7 +191,8 @@ class TelemetrySection(_Section):
     """Forward every process's log to the command's standard error."""
     metrics_host: str = "127.0.0.1"
     metrics_port: Count = 0
-    """Port of the first front door's page; 0 takes a free one, as all other processes do."""
+    """Port of the first front door's page, on a Ray cluster of every member's, each on its node. 0
+    takes a free one, as other processes do, and as happens where the port is taken."""
 
 
 class ClusterConfig(_Section):

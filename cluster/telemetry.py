@@ -5,6 +5,7 @@ Counters of the data plane are read from its statistics when the page is asked f
 pushed.
 """
 
+import errno
 import itertools
 import logging
 import sys
@@ -231,8 +232,16 @@ class FrontDoorInstruments:
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> str:
-    """Serve the registry at /metrics and return HOST:PORT; port 0 takes a free one."""
-    server, _thread = start_http_server(port, addr=host, registry=registry)
+    """Serve the registry at /metrics and return HOST:PORT; port 0 takes a free one.
+
+    So does a port that is taken: a successor may start while its predecessor still drains.
+    """
+    try:
+        server, _thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or not port:
+            raise
+        server, _thread = start_http_server(0, addr=host, registry=registry)
     return f"{host}:{server.server_port}"
 
 

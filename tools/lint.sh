@@ -40,3 +40,4 @@ check "types (mypy)" "$bin/mypy"
 check "layers (import-linter)" "$bin/lint-imports"
 check "generated code" generated_code_is_fresh
 check "wire contracts (buf)" wire_contracts
+check "Dockerfile (hadolint)" "$bin/hadolint" helm/Dockerfile

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.bodies.process import Process
+from cluster.bodies.process import Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.runtime import node_address
@@ -27,7 +27,8 @@ class ExpertWorkerBody(Process):
         host: str,
         config: ClusterConfig,
     ) -> None:
-        super().__init__(Role.EXPERT_WORKER, member, config.telemetry)
+        port = own_port(config.telemetry.metrics_port, host)
+        super().__init__(Role.EXPERT_WORKER, member, config.telemetry, metrics_port=port)
         directory = Path(model_dir)
         device, dtype = "cuda" if config.experts.num_gpus else "cpu", config.model.dtype
         if dtype == "auto":

@@ -2,7 +2,7 @@
 
 import os
 
-from cluster.bodies.process import LoopThread, Process
+from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import GatewayEndpoint
@@ -21,7 +21,8 @@ class GatewayBody(Process):
     def __init__(
         self, member: MemberId, rank: int, model_dir: str, host: str, config: ClusterConfig
     ) -> None:
-        super().__init__(Role.GATEWAY, member, config.telemetry)
+        port = own_port(config.telemetry.metrics_port, host, rank)
+        super().__init__(Role.GATEWAY, member, config.telemetry, metrics_port=port)
         self._rank = rank
         self._drain_s = config.gateways.drain_s
         self._host = host or node_address()

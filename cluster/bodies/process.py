@@ -46,6 +46,15 @@ class Process:
             self._view_gauges.set(view.term, view.version, len(view.uncovered()))
 
 
+def own_port(port: int, host: str, rank: int = 0) -> int:
+    """Return a configured port for a member that has a node to itself, else 0, a free one.
+
+    Members of a cluster on one machine, which have its `host`, share the node; so do the ranks of
+    a gateway, of which the first takes the port.
+    """
+    return 0 if host or rank else port
+
+
 class LoopThread:
     """An asyncio loop in a thread of its own, since the bodies' methods are synchronous."""
 

@@ -12,6 +12,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from cluster import telemetry
+from cluster.bodies.process import own_port
 from workers.types import GatewayStats, WorkerStats
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -84,6 +85,19 @@ def test_the_page_is_served_on_a_free_port(registry) -> None:
 
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as page:
         assert b"expertmesh_worker_rows_total" in page.read()
+
+
+def test_a_page_whose_port_is_taken_is_served_on_another(registry) -> None:
+    first = telemetry.serve_metrics(registry, "127.0.0.1", 0)
+    second = telemetry.serve_metrics(registry, "127.0.0.1", int(first.rpartition(":")[2]))
+
+    assert first != second
+
+
+def test_only_a_member_with_a_node_to_itself_takes_the_configured_port() -> None:
+    assert own_port(9400, host="") == 9400
+    assert own_port(9400, host="", rank=1) == 0
+    assert own_port(9400, host="127.0.0.1") == 0
 
 
 def test_log_lines_are_json_with_role_and_member(monkeypatch) -> None:
