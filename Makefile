@@ -43,6 +43,10 @@ accept-demo: ## Measure the demo's time and memory; writes reports/demo.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.demo --json reports/demo.json
 
+bench-placement: ## Compare placements with EPLB's and a lower bound: the tables of docs/placement.md
+	@tools/bootstrap.sh dev
+	@$(BIN)/python -m tests.bench.bench_placement
+
 accept-parity: ## Compare with transformers over the full matrix; writes reports/parity.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.parity --json reports/parity.json
@@ -91,6 +95,10 @@ accept-rollout: ## Replace every member of a cluster 10 times under load; writes
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.rollout --rounds 10 --json reports/rollout.json
 
+accept-rebalance: ## Move experts every few seconds under load; writes reports/rebalance.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.rebalance --json reports/rebalance.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -111,4 +119,4 @@ export TORCH_INDEX
 .PHONY: demo test test-unit test-full test-gpu lint format pb bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
-	accept-rollout clean help
+	accept-rollout accept-rebalance bench-placement clean help
