@@ -2,10 +2,10 @@
 
 The cost of a layer is the number of distinct experts that its busiest worker computes. A placement
 is judged by the mean of that over batches drawn from the activation shares, in which each expert is
-activated or not by itself. Gateways send an expert with one copy where it must go, and then each
-other one, in order, to the holder with fewest so far; the same is done here, for many batches at
-once.
-Shape legend: L layers, E experts, W workers, N batches.
+activated or not by itself. Gateways send an expert with one copy where it must go, then each other
+one, in order, to the holder with fewest so far, and look at each once more; the same is done here,
+for many batches at once (`workers.dispatch.plan`; a test keeps them equal).
+Shape legend: L layers, E experts, W workers, N batches, X a layer's batch.
 """
 
 import numpy as np
@@ -32,16 +32,27 @@ def activated_LNW(holds_LEW: Flags, batches_LNE: Flags) -> NDArray[np.float32]:
     single_LE = copies_LE == 1
     forced_LNE = (batches_LNE & single_LE[:, None, :]).astype(np.float32)
     load_LNW: NDArray[np.float32] = forced_LNE @ holds_LEW.astype(np.float32)
+    num_layers, num_batches, num_workers = load_LNW.shape
+    load_XW = load_LNW.reshape(-1, num_workers)  # layer and batch in one
+    placed: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]] = []
     for expert in range(holds_LEW.shape[1]):
-        (layers,) = np.nonzero(copies_LE[:, expert] > 1)
-        if not len(layers):
+        active_LN = batches_LNE[:, :, expert] & (copies_LE[:, expert] > 1)[:, None]
+        (at,) = np.nonzero(active_LN.ravel())
+        if not len(at):
             continue
-        away_LW = np.where(holds_LEW[layers, expert], np.float32(0), _ELSEWHERE)
-        of, batch = np.nonzero(batches_LNE[layers, :, expert])
-        at = layers[of]
-        chosen = (load_LNW[at, batch] + away_LW[of]).argmin(axis=1)
-        load_LNW[at, batch, chosen] += 1
-    return load_LNW
+        away_LW = np.where(holds_LEW[:, expert], np.float32(0), _ELSEWHERE)
+        away_XW = away_LW[at // num_batches]
+        chosen = (load_XW[at] + away_XW).argmin(axis=1)
+        load_XW[at, chosen] += 1
+        placed.append((at, away_XW, chosen))
+    for at, away_XW, chosen in placed:  # once more: two fewer elsewhere by now?
+        load = load_XW[at] + away_XW
+        best = load.argmin(axis=1)
+        rows = np.arange(len(at))
+        moves = load[rows, best] + 1 < load[rows, chosen]
+        load_XW[at[moves], chosen[moves]] -= 1
+        load_XW[at[moves], best[moves]] += 1
+    return load_XW.reshape(num_layers, num_batches, num_workers)
 
 
 def busiest_L(holds_LEW: Flags, batches_LNE: Flags) -> NDArray[np.float64]:

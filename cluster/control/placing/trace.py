@@ -36,7 +36,7 @@ class RoutingTrace:
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
-        return self.ids_RLK.shape[1]
+        return int(self.ids_RLK.shape[1])
 
     def save(self, path: Path) -> None:
         """Write the file."""
