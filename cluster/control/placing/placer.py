@@ -19,8 +19,19 @@ from workers.errors import PlacementError
 from workers.placement import ExpertId, MemberId, Placement
 
 _NUM_BATCHES = 16  # drawn for each layer; the same ones judge every way of packing
-_FRESH = (Style(1.0, 0.0), Style(2.0, 1.0))
-_STICKY = (Style(2.0, 1.0, 2.0), Style(1.0, 0.0, 2.0), Style(2.0, 1.0, 8.0))
+_NUM_DENSE = 8  # where half of the experts are active: such batches differ little
+_FRESH = (
+    Style(1.0, 0.0),
+    Style(2.0, 1.0),
+    Style(2.0, 1.0, homes=True),
+    Style(1.0, 1.0, homes=True, even=True),
+)
+_STICKY = (
+    Style(2.0, 1.0, inertia=2.0),
+    Style(2.0, 1.0, inertia=8.0),
+    Style(2.0, 1.0, inertia=2.0, homes=True),
+    Style(1.0, 1.0, inertia=2.0, homes=True, even=True),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,11 +95,12 @@ def plan_target(
     room_LW = _rooms([seats[w].num_slots for w in workers], model)
     node_W = [seats[w].node for w in workers]
     held_LEW = _holdings(shape, workers, held)
-    batches_LNE = draw_batches(activation_LE, _NUM_BATCHES, seed)
+    num_batches = _NUM_DENSE if float(activation_LE.mean()) > 0.5 else _NUM_BATCHES
+    batches_LNE = draw_batches(activation_LE, num_batches, seed)
     best = _Best(held_LEW, batches_LNE, floor)
     for style in _STICKY if held_LEW.any() else _FRESH:
         copies_LE = copies_of(
-            activation_LE, room_LW.sum(axis=1), len(workers), floor=floor, steepness=style.steepness
+            activation_LE, room_LW.sum(axis=1), len(workers), floor=floor, style=style
         )
         holds_LEW = pack(activation_LE, copies_LE, room_LW, node_W, held_LEW, style=style)
         mend(holds_LEW, room_LW, node_W, np.minimum(copies_LE, floor))
