@@ -48,6 +48,10 @@ accept-demo: ## Measure the demo's time and memory; writes reports/demo.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.demo --json reports/demo.json
 
+bench-placement: ## Compare placements with EPLB's and a lower bound: the tables of docs/placement.md
+	@tools/bootstrap.sh dev
+	@$(BIN)/python -m tests.bench.bench_placement
+
 accept-parity: ## Compare with transformers over the full matrix; writes reports/parity.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.parity --json reports/parity.json
@@ -100,6 +104,10 @@ accept-chart: ## Run the chart's containers as processes until they answer (root
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.chart --json reports/chart.json
 
+accept-rebalance: ## Move experts every few seconds under load; writes reports/rebalance.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.rebalance --json reports/rebalance.json
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -120,4 +128,4 @@ export TORCH_INDEX
 .PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
-	accept-rollout accept-chart clean help
+	accept-rollout accept-chart accept-rebalance bench-placement clean help

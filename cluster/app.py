@@ -11,7 +11,7 @@ import structlog
 from cluster.config import ClusterConfig, ProcessSection, ray_environment
 from cluster.control.controller import Blueprint, Controller
 from cluster.control.journal import DirectoryJournal
-from cluster.control.options import ControllerOptions, Desired
+from cluster.control.options import ControllerOptions, Desired, RebalanceOptions
 from cluster.control.planner import slots_needed
 from cluster.control.ports import ProcessId, ProcessSpec
 from cluster.control.settings import digests
@@ -192,6 +192,12 @@ class ControllerBody:
                 lost_s=control.lost_s,
                 restore_s=control.restore_s,
                 allow_chaos=control.allow_chaos,
+                rebalance=RebalanceOptions(
+                    period_s=control.rebalance_s,
+                    min_gain=control.rebalance_gain,
+                    max_moves=control.rebalance_moves,
+                    always=control.rebalance_always,
+                ),
             ),
             resume=resume,
         )

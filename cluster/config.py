@@ -175,6 +175,14 @@ class ControlSection(_Section):
     """Silence after which a member is given up, if others hold what it holds."""
     restore_s: Seconds = 20.0
     """How long a missing copy waits for a worker that is on its way, while another copy exists."""
+    rebalance_s: Annotated[float, Field(ge=0)] = 0.0
+    """How often experts are placed anew by load, while requests run; 0 for never."""
+    rebalance_gain: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the busiest workers' experts that a new placement must save to be taken."""
+    rebalance_moves: PositiveCount = 1024
+    """Replicas that one new placement may load."""
+    rebalance_always: bool = False
+    """Place for another imagined load each time; for tests."""
     allow_chaos: bool = False
     """Whether faults may be injected; for tests."""
     resources: dict[str, float] = {}

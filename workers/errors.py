@@ -89,6 +89,10 @@ class CheckpointError(ExpertmeshError, ValueError):
     """A checkpoint is unsupported, incomplete or damaged; the message names tensor and file."""
 
 
+class TraceError(ExpertmeshError, ValueError):
+    """A recorded trace is damaged, of another version, or would be empty."""
+
+
 class PlacementError(ExpertmeshError):
     """An expert has no usable replica."""
 

@@ -76,6 +76,7 @@ class GatewayBody(Process):
             ready=self._worker.ready,
             failure=self._worker.failure or "",
             stats=self._worker.stats() if self._rank == 0 else None,
+            load=self._worker.take_load(),
         )
 
     def drain(self) -> bool:

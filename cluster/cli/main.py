@@ -288,6 +288,29 @@ def chaos(
     )
 
 
+trace = typer.Typer(no_args_is_help=True, help="Record which experts are activated, to plan by.")
+app.add_typer(trace, name="trace")
+
+
+@trace.command("record")
+def trace_record(
+    *,
+    model: Model = None,
+    questions: Annotated[Path, typer.Option(help="A text file with one question a line.")],
+    out: Annotated[Path, typer.Option(help="The trace, an .npz file.")],
+    max_tokens: Annotated[int, typer.Option(help="Of each answer, at most.")] = 64,
+    max_sequences: Annotated[int, typer.Option(help="Answered at once.")] = 32,
+) -> None:
+    """Answer questions in this process, and record which experts each row activates."""
+    from cluster.cli.trace import trace_record_command
+    from cluster.serving import model_directory
+
+    directory = model_directory(_configuration(None, None, {"model.path": model}))
+    trace_record_command(
+        directory, questions, out, max_tokens=max_tokens, max_sequences=max_sequences
+    )
+
+
 @app.command()
 def check(
     *,

@@ -95,11 +95,19 @@ def live_table(status: pb.ClusterStatus, rates: Rates, now_s: float) -> Group:
     moving = f", {status.replicas_loading} replicas load" if status.replicas_loading else ""
     lacking = f", copies lack for {status.rebalancing_s:.0f} s" if status.rebalancing_s else ""
     head = Text(f"term {view.term}, version {view.version}: {pools}{moving}{lacking}")
+    if status.HasField("last_rebalance"):
+        last = status.last_rebalance
+        left = f", {status.replicas_moving} still to move" if status.replicas_moving else ""
+        head.append(
+            f"\nrebalanced {last.count} times, {last.age_s:.0f} s ago: {last.num_moves} replicas "
+            f"to save {100 * last.gain:.0f} % of the busiest workers' experts{left}"
+        )
     trouble = [Text(f"  {reason}", style="red") for reason in status.reasons]
     table = Table()
-    for column in ("id", "state", "phase", "slots", "rows/s", "queue", "tokens/s", "silent"):
+    for column in ("id", "state", "phase", "slots", "rows/s", "busy", "queue", "tokens/s"):
         table.add_column(column)
     table.add_column("waits for experts")
+    table.add_column("silent")
     members = {(m.name, m.incarnation): m for m in view.members}
     for health in status.members:
         member = members.get((health.name, health.incarnation))
@@ -111,21 +119,20 @@ def _cells(
     health: pb.MemberHealth, member: pb.Member | None, rates: Rates, now_s: float
 ) -> list[str]:
     state = pb.MemberState.Name(member.state) if member else "MEMBER_STATE_UNPUBLISHED"
-    rows = queue = tokens = waits = slots = ""
+    rows = busy = queue = tokens = waits = slots = ""
     if health.HasField("worker_stats"):
         worker = health.worker_stats
         rows = f"{rates.of(health, 'rows', worker.rows, now_s):.0f}"
-        queue = f"{1000 * worker.queue_age_s:.0f} ms"
+        busy = f"{100 * health.busy_share:.0f} %"
+        queue = f"{1000 * health.queue_age_s:.0f} ms"
         slots = f"{worker.slots_used}/{worker.slots_total}"
     if health.HasField("gateway_stats"):
         gateway = health.gateway_stats
         done = gateway.tokens_generated + gateway.tokens_prefilled
         tokens = f"{rates.of(health, 'tokens', done, now_s):.0f}"
         queue = f"{gateway.running} run, {gateway.waiting} wait"
-        step_s = rates.of(health, "step_s", gateway.step_s, now_s)
-        wait_s = rates.of(health, "wait_s", gateway.dispatch_wait_s, now_s)
         parked_s = rates.of(health, "parked_s", gateway.parked_s, now_s)
-        waits = f"{100 * wait_s / step_s:.0f} %" if step_s else ""
+        waits = f"{100 * health.waiting_share:.0f} %"
         if parked_s:
             waits += f", parked {100 * parked_s:.0f} %"
     return [
@@ -134,8 +141,9 @@ def _cells(
         health.phase,
         slots,
         rows,
+        busy,
         queue,
         tokens,
-        f"{health.silent_s:.1f} s",
         waits,
+        f"{health.silent_s:.1f} s",
     ]

@@ -4,21 +4,26 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.control.lifecycle import Life, Phase
-from cluster.control.planner import Load, Seat, plan_loads
+from cluster.control.planner import Load, Seat, Wanted, plan_loads
 from cluster.control.replicas import ReplicaBook
 from workers.errors import PlacementError
 from workers.placement import MemberId
 
 _LIVE_BATCH = 16  # loads that a serving worker is given at once: urgent ones come between
 _URGENT_BATCH = 64
+_MOVE_BATCH = 4  # slots of a serving worker that are written at once for the sake of balance
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Batches to begin now, how many loads are still to come, and what cannot be placed."""
+    """Batches to begin now, how many loads are still to come, and what cannot be placed.
+
+    `num_moves` are loads for the sake of balance, which nobody lacks.
+    """
 
     batches: Mapping[MemberId, list[Load]] = field(default_factory=dict)
     num_missing: int = 0
+    num_moves: int = 0
     shortage: str = ""
 
 
@@ -29,26 +34,29 @@ def assign(
     floor: int,
     doubtful: Collection[MemberId],
     rescue_only: bool,
+    wanted: Wanted | None = None,
 ) -> Assignment:
     """Plan the loads of the workers that hold experts or are to, and pick what can begin.
 
     A worker in STANDBY is given all of its loads at once and serves when they are done, but only
-    the urgent ones where rows wait for them; one that serves gets a few at a time. `rescue_only`:
-    somebody is still coming who will take a share.
+    the urgent ones where rows wait for them; one that serves gets a few at a time, and what only
+    balances comes last and by single layers. `rescue_only`: somebody is still coming who will take
+    a share. `wanted`: see `plan_loads`.
     """
-    ready = [w for w in crew if w.is_settled and w.phase is not Phase.DRAIN]
+    ready = _ready(crew)
     if not ready:
         return Assignment()
     serving = any(w.phase is Phase.SERVE for w in ready)
     try:
         loads = plan_loads(
             book.model,
-            {w.member.id: Seat(w.member.num_slots, w.member.node) for w in ready},
+            seats_of(crew),
             book.held(),
             floor=floor,
             fixed=book.loading,
             doubtful=doubtful,
             rescue_only=rescue_only,
+            wanted=wanted,
         )
     except PlacementError as error:
         return Assignment(shortage=str(error))
@@ -62,5 +70,23 @@ def assign(
         if worker.phase is Phase.STANDBY:
             batches[worker.member.id] = urgent if urgent and serving else mine
         elif mine and worker.phase is Phase.SERVE and worker.member.id not in book.loading:
-            batches[worker.member.id] = urgent[:_URGENT_BATCH] or mine[:_LIVE_BATCH]
-    return Assignment(batches, len(loads))
+            needed = [load for load in mine if not load.move]
+            batches[worker.member.id] = (
+                urgent[:_URGENT_BATCH] or needed[:_LIVE_BATCH] or _of_one_layer(mine)[:_MOVE_BATCH]
+            )
+    num_moves = sum(load.move for load in loads)
+    return Assignment(batches, len(loads) - num_moves, num_moves)
+
+
+def seats_of(crew: Collection[Life]) -> dict[MemberId, Seat]:
+    """Return the workers of a crew that can take experts now."""
+    return {w.member.id: Seat(w.member.num_slots, w.member.node) for w in _ready(crew)}
+
+
+def _ready(crew: Collection[Life]) -> list[Life]:
+    return [w for w in crew if w.is_settled and w.phase is not Phase.DRAIN]
+
+
+def _of_one_layer(loads: list[Load]) -> list[Load]:
+    """Return the loads of the first layer that has any."""
+    return [load for load in loads if load.expert.layer == loads[0].expert.layer]

@@ -6,15 +6,16 @@ never blocks, so that tests and the simulator call it directly. Who comes and go
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, assert_never
 
 import structlog
 
-from cluster.control.assignment import Assignment, assign
+from cluster.control.assignment import Assignment, assign, seats_of
 from cluster.control.lifecycle import PULSING, Life, Phase, adopted
 from cluster.control.options import ControllerOptions, Desired
+from cluster.control.placing.rebalance import Rebalancer
 from cluster.control.ports import (
     Died,
     Journal,
@@ -87,6 +88,7 @@ class Controller:
         record = journal.latest() if resume else None
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
+        self._rebalancer = Rebalancer(model, options.rebalance, clock.now_s())
         self._view = View(journal.claim_term(), 0, (), self._book.placement())
         self._published: tuple[object, ...] = ()
         if record is not None:
@@ -163,7 +165,7 @@ class Controller:
 
     def status(self) -> ClusterStatus:
         """Return the cluster as the controller knows it."""
-        now_s = self._clock.now_s()
+        now_s, last = self._clock.now_s(), self._rebalancer.last
         reasons = tuple(self._unready_reasons(now_s))
         return ClusterStatus(
             view=self._view,
@@ -174,6 +176,9 @@ class Controller:
             pools=tuple(self._pool(role) for role in self._wanted),
             rebalancing_s=now_s - self._placed_s if self._assignment.num_missing else 0.0,
             replicas_loading=self._book.num_loading,
+            replicas_moving=self._assignment.num_moves,
+            last_rebalance=last,
+            last_rebalance_age_s=now_s - last.at_s if last else 0.0,
             allows_chaos=self._options.allow_chaos,
             rolling=self._rolling,
         )
@@ -219,10 +224,13 @@ class Controller:
     def _hear_pulse(self, life: Life, process: ProcessId, pulse: Pulse) -> None:
         life.asked.discard(process)
         life.heard_s[process] = self._clock.now_s()
-        life.pulses[process] = pulse
+        life.pulses[process] = replace(pulse, load=None)
+        if pulse.load is not None:
+            self._rebalancer.hear(pulse.load, self._clock.now_s())
         if isinstance(pulse.stats, GatewayStats):
             watch = self._step_watches.setdefault(life.member.id, StepWatch(self._options.stall_s))
             watch.note(pulse.stats, self._clock.now_s())
+        life.shares.note(pulse.stats, self._clock.now_s())
         if pulse.failure:
             self._end(life, f"{process}: {pulse.failure}")
         elif pulse.order[0] > self._view.term:
@@ -367,12 +375,15 @@ class Controller:
         doubtful = frozenset(w.member.id for w in crew if self._is_suspect(w, now_s))
         held_off = frozenset(w for w, until_s in self._hold_off_s.items() if until_s > now_s)
         rescue_only = not complete and now_s < self._complete_s + self._options.restore_s
+        if complete and not doubtful and not held_off:
+            self._rebalance(crew, now_s)
         state = (
             self._book.version,
             tuple((w.member.id, w.phase) for w in crew),
             doubtful,
             held_off,
             rescue_only,
+            self._rebalancer.last,
         )
         if state == self._assigned:
             return
@@ -383,6 +394,7 @@ class Controller:
             floor=self._desired.floor,
             doubtful=doubtful,
             rescue_only=rescue_only,
+            wanted=self._rebalancer.wanted,
         )
         if self._assignment.shortage and not self._book.held():
             self._failure = self._assignment.shortage
@@ -396,6 +408,17 @@ class Controller:
         if not self._assignment.num_missing:
             self._placed_s = now_s
         self._assigned = state
+
+    def _rebalance(self, crew: Collection[Life], now_s: float) -> None:
+        """Have replicas lie elsewhere if the load says that it pays."""
+        leaving = any(w.leaving for w in self._workers())
+        calm = not (leaving or self._book.loading or self._assignment.num_missing)
+        seats, held = seats_of(crew), self._book.held()
+        taken = self._rebalancer.consider(
+            seats, held, floor=self._desired.floor, calm=calm, now_s=now_s
+        )
+        if taken is not None:
+            _log.info("rebalance", moves=taken.num_moves, gain=round(taken.gain, 3))
 
     def _advance(self) -> None:
         for life in list(self._lives.values()):
@@ -558,7 +581,7 @@ class Controller:
             for process, since_s in self._behind_s.items()
             if now_s - since_s > self._options.stall_s
         ]
-        if self._assignment.num_missing and now_s - self._placed_s > self._options.rebalance_s:
+        if self._assignment.num_missing and now_s - self._placed_s > self._options.lacking_s:
             reasons.append(f"experts lack copies for {now_s - self._placed_s:.0f} s")
         missing = len(self._view.uncovered()) if self._wanted[Role.EXPERT_WORKER] else 0
         if missing:
@@ -580,6 +603,7 @@ class Controller:
             phase=life.phase.value,
             pulses=tuple(life.pulses[p] for p in life.processes if p in life.pulses),
             silent_s=life.silent_s(now_s),
+            shares=life.shares.latest,
             suspect=self._is_suspect(life, now_s),
             leaving=life.leaving,
             outdated=life.member.settings != self._desired.settings.get(life.role, ""),

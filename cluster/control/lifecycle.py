@@ -10,6 +10,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from cluster.control.ports import Opened, ProcessId, Pulse
+from cluster.control.shares import ShareWindow
 from workers.placement import Member, MemberState, Role
 
 
@@ -67,6 +68,7 @@ class Life:
     pulses: dict[ProcessId, Pulse] = field(default_factory=dict)
     heard_s: dict[ProcessId, float] = field(default_factory=dict)
     asked: set[ProcessId] = field(default_factory=set)
+    shares: ShareWindow = field(default_factory=ShareWindow)
     enlisted: bool = False
     leaving: bool = False
     relieved: bool = False

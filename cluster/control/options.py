@@ -23,13 +23,29 @@ class Desired:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceOptions:
+    """How placement follows load: every `period_s`, 0 for never.
+
+    It changes when the busiest workers are expected to compute `min_gain` less, by `max_moves`
+    replicas at most. Load that lies `half_life_s` back counts half. `always` places for a load that
+    nobody has, another one each time, for tests.
+    """
+
+    period_s: float = 0.0
+    min_gain: float = 0.03
+    max_moves: int = 1024
+    half_life_s: float = 60.0
+    always: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerOptions:
     """Pace and patience of the controller, in seconds.
 
     A worker that is silent for `silence_s` is suspect: what it alone holds is loaded elsewhere. One
     silent for `lost_s`, whose experts others hold, is given up. A missing copy of which another
     exists waits `restore_s` for a worker that is on its way. Not ready is who has been without
-    progress for `stall_s`, or without all copies for `rebalance_s`.
+    progress for `stall_s`, or without all copies for `lacking_s`.
     """
 
     pulse_s: float = 0.5
@@ -38,7 +54,8 @@ class ControllerOptions:
     phase_s: float = 900.0
     restore_s: float = 20.0
     stall_s: float = 30.0
-    rebalance_s: float = 300.0
+    lacking_s: float = 300.0
     backoff_s: float = 1.0
     max_failed_starts: int = 4
     allow_chaos: bool = False
+    rebalance: RebalanceOptions = RebalanceOptions()

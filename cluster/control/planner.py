@@ -1,8 +1,10 @@
 """Which worker should load which expert next: pure, from what is loaded to what is missing.
 
 Nothing moves that need not. First come experts without a copy, then missing copies up to the floor,
-then an even share for workers that hold less than theirs. A replica beyond the floor stays where
-it is until its slot is needed, so that every move is a load first and a removal later.
+then what is wanted where (see `placer`) or, where nobody has said, an even share for workers that
+hold less than theirs. A replica beyond the floor stays where it is until its slot is needed, and a
+slot is taken only while enough other copies are loaded: every move is a load first and a removal
+later.
 """
 
 from collections import Counter
@@ -13,6 +15,7 @@ from workers.errors import PlacementError
 from workers.placement import ExpertId, MemberId, Placement, Replica
 
 Slots = Mapping[ExpertId, int]
+Wanted = Mapping[MemberId, Collection[ExpertId]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +28,16 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One expert that one worker should load into one slot; urgent if nobody else holds it."""
+    """One expert that one worker should load into one slot; urgent if nobody else holds it.
+
+    A `move` is beyond the floor: it can wait.
+    """
 
     worker: MemberId
     expert: ExpertId
     slot: int
     urgent: bool = False
+    move: bool = False
 
 
 def plan_loads(
@@ -42,6 +49,7 @@ def plan_loads(
     fixed: Mapping[MemberId, Slots] | None = None,
     doubtful: Collection[MemberId] = (),
     rescue_only: bool = False,
+    wanted: Wanted | None = None,
 ) -> list[Load]:
     """Return what to load, most urgent first; nothing when all is as it should be.
 
@@ -56,13 +64,16 @@ def plan_loads(
         fixed: Those of `held` that are under way: their slots cannot be taken.
         doubtful: Workers whose copies do not count as coverage, but do as copies.
         rescue_only: Look after experts without a copy, and leave the rest as it is.
+        wanted: What each worker should hold once all is done; an even share when None.
 
     Raises:
         PlacementError: The slots do not suffice for one copy of every expert.
     """
-    board = _Board(model, seats, held, fixed or {}, doubtful)
+    board = _Board(model, seats, held, fixed=fixed or {}, doubtful=doubtful, wanted=wanted or {})
     for expert in board.experts():
-        if not board.num_sound(expert) and not board.add(expert, least_copies=1, urgent=True):
+        if board.num_sound(expert) or board.add(expert, least_copies=1, urgent=True):
+            continue
+        if not fixed:  # else a slot may come free when what is under way has ended
             raise PlacementError(
                 f"{sum(s.num_slots for s in seats.values())} slots on {len(seats)} expert workers "
                 f"cannot hold the {model.num_layers * model.num_experts} experts of "
@@ -71,10 +82,13 @@ def plan_loads(
     if rescue_only:
         return board.loads
     copies = min(floor, len(seats))
-    for wanted in range(2, copies + 1):
+    for least in range(2, copies + 1):
         for expert in board.experts():
-            if len(board.holders[expert]) < wanted:
+            if len(board.holders[expert]) < least:
                 board.add(expert, least_copies=copies)
+    if wanted is not None:
+        board.move(copies)
+        return board.loads
     for layer in range(model.num_layers):
         board.even_out(layer, model.num_experts * copies // len(seats), copies)
     return board.loads
@@ -123,12 +137,15 @@ class _Board:
         model: Placement,
         seats: Mapping[MemberId, Seat],
         held: Mapping[MemberId, Slots],
+        *,
         fixed: Mapping[MemberId, Slots],
         doubtful: Collection[MemberId],
+        wanted: Wanted,
     ) -> None:
         self._model = model
         self._doubtful = doubtful
         self._seats = seats
+        self._wanted = {w: frozenset(wanted.get(w, ())) for w in seats}
         self._fixed = {w: set(slots.values()) for w, slots in fixed.items()}
         self._slot_of = {w: dict(held.get(w, {})) for w in seats}
         self._in_layer: Counter[tuple[MemberId, int]] = Counter()
@@ -167,6 +184,7 @@ class _Board:
         for worker in sorted(
             (w for w in self._seats if w not in self.holders[expert]),
             key=lambda w: (
+                expert not in self._wanted[w],
                 self._seats[w].node in nodes,
                 not self._free[w],
                 self._in_layer[w, expert.layer],
@@ -177,6 +195,12 @@ class _Board:
             if self._give(worker, expert, least_copies, urgent=urgent):
                 return True
         return False
+
+    def move(self, least_copies: int) -> None:
+        """Give every worker what it should hold, layer by layer; what others gave up makes room."""
+        missing = [(e, w) for w in self._seats for e in self._wanted[w] - self._slot_of[w].keys()]
+        for expert, worker in sorted(missing):
+            self._give(worker, expert, least_copies, move=True)
 
     def even_out(self, layer: int, share: int, least_copies: int) -> None:
         """Give every worker its share of a layer, taking from those that hold most of it."""
@@ -210,35 +234,56 @@ class _Board:
         self._free[load.worker].append(load.slot)
 
     def _give(
-        self, worker: MemberId, expert: ExpertId, least_copies: int, *, urgent: bool = False
+        self,
+        worker: MemberId,
+        expert: ExpertId,
+        least_copies: int,
+        *,
+        urgent: bool = False,
+        move: bool = False,
     ) -> bool:
         slot = self._free[worker].pop() if self._free[worker] else None
         if slot is None:
-            slot = self._vacated(worker, least_copies)
+            slot = self._vacated(worker, least_copies, unwanted_only=move)
         if slot is None:
             return False
         self._slot_of[worker][expert] = slot
         self.holders[expert].append(worker)
         self._in_layer[worker, expert.layer] += 1
-        self._planned[worker, expert] = Load(worker, expert, slot, urgent)
+        self._planned[worker, expert] = Load(worker, expert, slot, urgent, move)
         return True
 
-    def _vacated(self, worker: MemberId, least_copies: int) -> int | None:
-        """Take a replica that others hold often enough off a worker; from its fullest layer.
+    def _vacated(
+        self, worker: MemberId, least_copies: int, *, unwanted_only: bool = False
+    ) -> int | None:
+        """Take a replica that others have loaded often enough off a worker.
 
-        Never one that is under way, or was only just planned: a slot gets one expert at a time.
+        One that it need not hold, if there is one, from its fullest layer. Never one that is under
+        way, or was only just planned: a slot gets one expert at a time.
         """
-        fixed = self._fixed.get(worker, set())
+        fixed, wanted = self._fixed.get(worker, set()), self._wanted[worker]
         spare = [
             expert
             for expert, slot in self._slot_of[worker].items()
-            if self.num_sound(expert) - (worker not in self._doubtful) >= least_copies
-            and slot not in fixed
+            if slot not in fixed
             and (worker, expert) not in self._planned
+            and not (unwanted_only and expert in wanted)
+            and self._num_loaded(expert, without=worker) >= least_copies
         ]
         if not spare:
             return None
-        return self._drop(worker, max(spare, key=lambda e: (self._in_layer[worker, e.layer], e)))
+        fullest = max(spare, key=lambda e: (e not in wanted, self._in_layer[worker, e.layer], e))
+        return self._drop(worker, fullest)
+
+    def _num_loaded(self, expert: ExpertId, without: MemberId) -> int:
+        """Return how many others have an expert now, beyond doubt."""
+        return sum(
+            worker != without
+            and worker not in self._doubtful
+            and (worker, expert) not in self._planned
+            and self._slot_of[worker][expert] not in self._fixed.get(worker, ())
+            for worker in self.holders[expert]
+        )
 
     def _drop(self, worker: MemberId, expert: ExpertId) -> int:
         self.holders[expert].remove(worker)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from workers.dispatch.tally import LoadReport
 from workers.placement import MemberId, Role, View
 
 
@@ -162,7 +163,8 @@ class Pulse:
     """What a process says of itself regularly.
 
     `order` is the (term, version) of the View that it has adopted. `ready` says whether a request
-    that reached it now would be served. `failure` is a reason to replace it.
+    that reached it now would be served. `failure` is a reason to replace it. `load` is what a
+    gateway's rank has counted since its last pulse.
     """
 
     order: tuple[int, int] = (0, 0)
@@ -170,3 +172,4 @@ class Pulse:
     idle: bool = True
     failure: str = ""
     stats: object = None
+    load: LoadReport | None = None

@@ -1,10 +1,24 @@
 """How the cluster stands, as operators see it; and what stalls."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.control.ports import Pulse
+from cluster.control.shares import Shares
 from workers.placement import Member, Role, View
 from workers.types import GatewayStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalance:
+    """The placement that was last made by load: when, and the how manieth.
+
+    It moves `num_moves` replicas, and the busiest workers should then compute `gain` less.
+    """
+
+    at_s: float
+    num_moves: int
+    gain: float
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +29,7 @@ class MemberStatus:
     phase: str
     pulses: tuple[Pulse, ...] = ()
     silent_s: float = 0.0
+    shares: Shares = field(default_factory=Shares)
     suspect: bool = False
     leaving: bool = False
     outdated: bool = False
@@ -35,6 +50,7 @@ class ClusterStatus:
     """The cluster at one moment. `ready` says whether a request would be served now.
 
     `rebalancing_s` is for how long some expert has lacked a wanted copy; 0 while none does.
+    `replicas_moving` are still to be loaded for the sake of balance.
     `rolling` says whether outdated members, which were started with other settings than new ones
     are, are being replaced.
     """
@@ -48,6 +64,9 @@ class ClusterStatus:
     controller: Member | None = None
     rebalancing_s: float = 0.0
     replicas_loading: int = 0
+    replicas_moving: int = 0
+    last_rebalance: Rebalance | None = None
+    last_rebalance_age_s: float = 0.0
     allows_chaos: bool = False
     rolling: bool = False
 

@@ -155,6 +155,20 @@ def status_message(status: ClusterStatus) -> cluster_pb2.ClusterStatus:
         rebalancing_s=status.rebalancing_s,
         replicas_loading=status.replicas_loading,
         allows_chaos=status.allows_chaos,
+        replicas_moving=status.replicas_moving,
+        last_rebalance=_rebalance_message(status),
+    )
+
+
+def _rebalance_message(status: ClusterStatus) -> cluster_pb2.Rebalance | None:
+    last = status.last_rebalance
+    if last is None:
+        return None
+    return cluster_pb2.Rebalance(
+        age_s=status.last_rebalance_age_s,
+        count=last.count,
+        num_moves=last.num_moves,
+        gain=last.gain,
     )
 
 
@@ -174,6 +188,9 @@ def _health_message(status: MemberStatus) -> cluster_pb2.MemberHealth:
         adopted_version=version,
         worker_stats=None if worker is None else cluster_pb2.WorkerStats(**asdict(worker)),
         gateway_stats=None if gateway is None else wire.stats_message(gateway),
+        busy_share=status.shares.busy,
+        waiting_share=status.shares.waiting,
+        queue_age_s=status.shares.queue_age_s,
     )
 
 

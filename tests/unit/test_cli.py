@@ -33,12 +33,15 @@ OPTIONS = {
         *CLIENT, "model", "kills", "double-kills", "freezes", "joins", "drains",
         "controller-kills", "concurrency", "seed", "bit-stable", "json", "plot",
     },
+    "trace record": {"model", "questions", "out", "max-tokens", "max-sequences"},
     "check": {"model", "config", "set", "parity"},
 }  # fmt: skip
 
 
 def test_commands_and_options_are_exactly_the_listed_ones() -> None:
-    commands = typer.main.get_command(app).commands
+    commands = dict(typer.main.get_command(app).commands)
+    for name, command in commands.pop("trace").commands.items():
+        commands[f"trace {name}"] = command
 
     found = {
         name: {

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cluster.control.controller import Controller
-from cluster.control.options import ControllerOptions, Desired
+from cluster.control.options import ControllerOptions, Desired, RebalanceOptions
 from cluster.control.ports import ProcessId, ProcessSpec, Pulse
 from tests.fake_runtime import FakeClock, FakeRuntime, MemoryJournal
+from workers.dispatch.tally import LoadReport
 from workers.errors import NotFoundError, RefusedError
 from workers.placement import MemberState, Placement, Role
 
@@ -23,7 +25,7 @@ def processes(role: Role, count: int):
 class Bench:
     def __init__(
         self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, slots=16,
-        after=None, settings="",
+        after=None, settings="", rebalance=None,
     ) -> None:  # fmt: skip
         self.runtime = after.runtime if after else FakeRuntime()
         self.clock = after.clock if after else FakeClock()
@@ -51,7 +53,7 @@ class Bench:
             runtime=self.runtime,
             journal=self.journal,
             clock=self.clock,
-            options=ControllerOptions(),
+            options=ControllerOptions(rebalance=rebalance or RebalanceOptions()),
             resume=after is not None,
         )
 
@@ -549,3 +551,70 @@ def test_a_process_that_never_adopts_the_newest_view_makes_the_cluster_unready()
     bench.ticks(130)
 
     assert any("not adopted" in reason for reason in bench.controller.status().reasons)
+
+
+def hot_report(num_layers: int = LAYERS) -> LoadReport:
+    """Experts 0 and 3 of each layer are asked for by every batch, the others hardly ever."""
+    counts = np.tile(np.array([100, 0, 0, 100, 0, 0], dtype=np.uint32), (num_layers, 1))
+    calls = np.full(num_layers, 100, dtype=np.uint32)
+    return LoadReport(tuple(range(num_layers)), calls, counts, counts)
+
+
+def rebalancing(**more) -> Bench:
+    """A cluster whose gateways report that load from the start."""
+    bench = Bench(rebalance=RebalanceOptions(period_s=2.0), **more)
+    plain = bench.runtime.answers["pulse"]
+    bench.runtime.answers["pulse"] = lambda p: replace(
+        plain(p), load=hot_report() if "gateway" in p.member.name else None
+    )
+    return bench
+
+
+def test_hot_experts_are_given_further_copies_and_nothing_is_ever_uncovered() -> None:
+    bench = rebalancing(slots=6)
+    bench.ticks(60)
+
+    status = bench.controller.status()
+    assert status.ready
+    assert status.last_rebalance is not None
+    assert status.last_rebalance.count >= 1
+    assert status.replicas_moving == 0
+    for layer in range(LAYERS):
+        holders = [{r.worker for r in bench.view.placement.of(layer, e)} for e in (0, 3)]
+        assert len(holders[0] | holders[1]) > 1
+    formed = False
+    for view in bench.journal.views:
+        formed = formed or not view.uncovered()
+        assert not formed or not view.uncovered()
+
+
+def test_a_rebalanced_cluster_comes_to_rest() -> None:
+    bench = rebalancing(slots=6)
+    bench.ticks(100)
+    count = bench.controller.status().last_rebalance.count
+    loads = sum(m == "load" for _, m, _ in bench.runtime.calls)
+
+    bench.ticks(100)
+
+    assert bench.controller.status().last_rebalance.count == count
+    assert sum(m == "load" for _, m, _ in bench.runtime.calls) == loads
+
+
+def test_a_drain_is_not_held_up_by_moves_and_moves_wait_for_it() -> None:
+    bench = rebalancing(slots=12)
+    bench.ticks(30)
+
+    bench.controller.drain("expert_worker-1")
+    bench.ticks(40)
+
+    assert "expert_worker-1" not in bench.workers()
+    assert bench.controller.status().ready
+
+
+def test_the_load_is_not_kept_with_the_pulse() -> None:
+    bench = rebalancing()
+    bench.ticks(20)
+
+    pulses = [p for m in bench.controller.status().members for p in m.pulses]
+    assert pulses
+    assert all(pulse.load is None for pulse in pulses)

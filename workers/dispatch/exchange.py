@@ -27,6 +27,7 @@ from workers.dispatch.plan import ReplicaIndex
 from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Pairs, Recoveries
 from workers.dispatch.roster import Roster
 from workers.dispatch.rows import StagedReply, sum_by_expert, sum_partials, summed_masks
+from workers.dispatch.tally import LoadReport, LoadTally
 from workers.errors import DeadlineError, DispatchError, LinkClosedError, RefusedError
 from workers.placement import MemberId, MemberState, Role, View
 
@@ -72,6 +73,7 @@ class LinkDispatcher:
         self._wait_s = 0.0
         self._parked_s = 0.0
         self._recoveries = Recoveries()
+        self._tally = LoadTally()
         self._links = open_links(
             member, rank, shape=shape, options=options, host=host, clock=clock, user=self
         )
@@ -117,6 +119,7 @@ class LinkDispatcher:
     ) -> CallHandle:
         """See `Dispatcher`; rows of which no replica can be reached are parked."""
         ids_TK = expert_ids_TK.cpu().numpy().astype(np.int32)
+        self._tally.count(layer, ids_TK, self._roster.num_experts)
         self._num_calls += 1
         call = OpenCall(
             state=LayerCall(layer, Pairs.all_of(ids_TK)),
@@ -171,6 +174,10 @@ class LinkDispatcher:
             "recovery_s": self._recoveries.sum_s,
             "recoveries": tuple(self._recoveries.counts),
         }
+
+    def take_load(self) -> LoadReport | None:
+        """Return how often experts were asked for since the last time; None when nothing was."""
+        return self._tally.take()
 
     # The model's thread.
 

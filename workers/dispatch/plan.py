@@ -2,7 +2,9 @@
 
 Cost is the number of distinct experts that the busiest worker computes, not rows. So an expert
 with one usable replica goes where it must, and then each other one to the worker with the fewest
-experts so far. Runs once a layer and step, hence numpy tables made once per View and set of links.
+experts so far; when all are placed, each is looked at once more, and goes to another worker if
+that has two fewer by now. Runs once a layer and step, hence numpy tables made once per View and set
+of links.
 Shape legend: R rows, K experts a row, W workers, E experts, L layers; id -1 means no expert.
 """
 
@@ -196,17 +198,33 @@ def _choose(
         return table.primary_E, activated
     chosen = []
     for expert in several:
-        workers = table.candidates[expert]
-        best = workers[0]
-        for worker in workers[1:]:
-            if busy[worker] < busy[best]:
-                best = worker
+        best = _least_busy(table.candidates[expert], busy)
         busy[best] += 1
-        activated[best] += 1
         chosen.append(best)
+    _look_again(table, several, chosen, busy)
     choice_E = table.primary_E.copy()
     choice_E[several] = chosen
-    return choice_E, activated
+    return choice_E, [a - b for a, b in zip(busy, load_W, strict=True)]
+
+
+def _least_busy(workers: tuple[int, ...], busy: list[int]) -> int:
+    """Return the worker with the fewest experts, the first of several."""
+    best = workers[0]
+    for worker in workers[1:]:
+        if busy[worker] < busy[best]:
+            best = worker
+    return best
+
+
+def _look_again(table: _LayerTable, several: list[int], chosen: list[int], busy: list[int]) -> None:
+    """Move each expert once more if another of its workers has two fewer by now, in place."""
+    for index, expert in enumerate(several):
+        before = chosen[index]
+        best = _least_busy(table.candidates[expert], busy)
+        if busy[best] + 1 < busy[before]:
+            busy[before] -= 1
+            busy[best] += 1
+            chosen[index] = best
 
 
 def _split(call: PlannedCall, limit: int) -> list[PlannedCall]:

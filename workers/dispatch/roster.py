@@ -29,6 +29,11 @@ class Roster:
         """The order of the View; lower than any before the first."""
         return self._index.order if self._index else (-1, -1)
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0 before the first View."""
+        return self._index.holds_LWE.shape[2] if self._index else 0
+
     def adopt(self, index: ReplicaIndex) -> bool:
         """Take a View if it is newer; whether it was. One thread at a time."""
         if index.order <= self.order:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from workers.clock import Clock, SystemClock
 from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.options import MessageShape
+from workers.dispatch.tally import LoadReport
 from workers.errors import DeadlineError, DrainingError
 from workers.gateway.clients import Clients, Sink
 from workers.gateway.engine import EngineOptions, GatewayEngine
@@ -212,6 +213,10 @@ class GatewayWorker:
             recoveries=counters["recoveries"],
             rows_by_worker=dict(counters["rows_by_worker"]),
         )
+
+    def take_load(self) -> LoadReport | None:
+        """Return how often this rank asked for experts since the last time."""
+        return self._links.take_load() if self._links is not None else None
 
     def turn(self) -> None:
         """Take one step; or, with nothing to do, show the other ranks a sign of life and wait."""

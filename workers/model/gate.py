@@ -32,6 +32,29 @@ class GateProbe:
             self.margins_LN[layer, list(rows)] = (best[:, -2] - best[:, -1]).cpu()
 
 
+class RoutingProbe(GateProbe):
+    """Records also which experts each row chose: `ids_LN`, one [num_chosen] list a row, best first.
+
+    Rows of other ranks have none.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(num_layers)
+        self.ids_LN: list[dict[int, list[int]]] = [{} for _ in range(num_layers)]
+
+    def begin(self, num_rows: int) -> None:
+        """Forget the last step."""
+        super().begin(num_rows)
+        for ids_N in self.ids_LN:
+            ids_N.clear()
+
+    def record(self, layer: int, rows: Sequence[int], logits_TE: Tensor, num_chosen: int) -> None:
+        """Record the choices of some rows, given as their places in the batch."""
+        super().record(layer, rows, logits_TE, num_chosen)
+        chosen = logits_TE.float().topk(num_chosen, -1).indices.tolist()
+        self.ids_LN[layer].update(zip(rows, chosen, strict=True))
+
+
 class TopKGate:
     """Softmax over all experts in float32, the best K, renormalised to sum 1.
 

@@ -267,6 +267,8 @@ class ClusterStatus(_message.Message):
     REBALANCING_S_FIELD_NUMBER: _builtins.int
     REPLICAS_LOADING_FIELD_NUMBER: _builtins.int
     ALLOWS_CHAOS_FIELD_NUMBER: _builtins.int
+    REPLICAS_MOVING_FIELD_NUMBER: _builtins.int
+    LAST_REBALANCE_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     rebalancing_s: _builtins.float
     """Seconds since every expert last had its wanted copies; 0 while it has."""
@@ -274,6 +276,8 @@ class ClusterStatus(_message.Message):
     """Replicas that are being loaded."""
     allows_chaos: _builtins.bool
     """Whether faults may be injected: the cluster was started with --allow-chaos."""
+    replicas_moving: _builtins.int
+    """Replicas that are still to be loaded for the sake of balance."""
     @_builtins.property
     def view(self) -> Global___View:
         """The newest published View, which may be newer than the one that GetView returns."""
@@ -286,6 +290,10 @@ class ClusterStatus(_message.Message):
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberHealth]: ...
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
+    @_builtins.property
+    def last_rebalance(self) -> Global___Rebalance:
+        """The placement that was last made by load; unset when none was."""
+
     def __init__(
         self,
         *,
@@ -297,14 +305,50 @@ class ClusterStatus(_message.Message):
         rebalancing_s: _builtins.float = ...,
         replicas_loading: _builtins.int = ...,
         allows_chaos: _builtins.bool = ...,
+        replicas_moving: _builtins.int = ...,
+        last_rebalance: Global___Rebalance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_rebalance", b"last_rebalance", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_chaos", b"allows_chaos", "members", b"members", "pools", b"pools", "ready", b"ready", "reasons", b"reasons", "rebalancing_s", b"rebalancing_s", "replicas_loading", b"replicas_loading", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_chaos", b"allows_chaos", "last_rebalance", b"last_rebalance", "members", b"members", "pools", b"pools", "ready", b"ready", "reasons", b"reasons", "rebalancing_s", b"rebalancing_s", "replicas_loading", b"replicas_loading", "replicas_moving", b"replicas_moving", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class Rebalance(_message.Message):
+    """A placement by load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_S_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    NUM_MOVES_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    age_s: _builtins.float
+    """Seconds since it was made."""
+    count: _builtins.int
+    """The how manieth of this controller."""
+    num_moves: _builtins.int
+    """Replicas that it moves."""
+    gain: _builtins.float
+    """Share of the busiest workers' experts that it should save."""
+    def __init__(
+        self,
+        *,
+        age_s: _builtins.float = ...,
+        count: _builtins.int = ...,
+        num_moves: _builtins.int = ...,
+        gain: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "count", b"count", "gain", b"gain", "num_moves", b"num_moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rebalance: _TypeAlias = Rebalance  # noqa: Y015
 
 @_typing.final
 class Pool(_message.Message):
@@ -352,6 +396,9 @@ class MemberHealth(_message.Message):
     ADOPTED_VERSION_FIELD_NUMBER: _builtins.int
     WORKER_STATS_FIELD_NUMBER: _builtins.int
     GATEWAY_STATS_FIELD_NUMBER: _builtins.int
+    BUSY_SHARE_FIELD_NUMBER: _builtins.int
+    WAITING_SHARE_FIELD_NUMBER: _builtins.int
+    QUEUE_AGE_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     incarnation: _builtins.int
     phase: _builtins.str
@@ -363,6 +410,12 @@ class MemberHealth(_message.Message):
     adopted_term: _builtins.int
     """The lowest (term, version) that its processes have adopted."""
     adopted_version: _builtins.int
+    busy_share: _builtins.float
+    """Of an expert worker: share of the last seconds in which it computed."""
+    waiting_share: _builtins.float
+    """Of a gateway: share of its steps' time in which it waited for experts."""
+    queue_age_s: _builtins.float
+    """Of an expert worker: the longest wait of a call lately."""
     @_builtins.property
     def worker_stats(self) -> Global___WorkerStats: ...
     @_builtins.property
@@ -380,10 +433,13 @@ class MemberHealth(_message.Message):
         adopted_version: _builtins.int = ...,
         worker_stats: Global___WorkerStats | None = ...,
         gateway_stats: Global___GatewayStats | None = ...,
+        busy_share: _builtins.float = ...,
+        waiting_share: _builtins.float = ...,
+        queue_age_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gateway_stats", b"gateway_stats", "worker_stats", b"worker_stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_term", b"adopted_term", "adopted_version", b"adopted_version", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "phase", b"phase", "silent_s", b"silent_s", "suspect", b"suspect", "worker_stats", b"worker_stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopted_term", b"adopted_term", "adopted_version", b"adopted_version", "busy_share", b"busy_share", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "leaving", b"leaving", "name", b"name", "phase", b"phase", "queue_age_s", b"queue_age_s", "silent_s", b"silent_s", "suspect", b"suspect", "waiting_share", b"waiting_share", "worker_stats", b"worker_stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
