@@ -61,17 +61,12 @@ class ScriptedDoor(inference_pb2_grpc.InferenceServiceServicer):
 
 
 @asynccontextmanager
-async def scripted_door(
-    *script: Line, credentials: grpc.ServerCredentials | None = None
-) -> AsyncIterator[tuple[ScriptedDoor, str]]:
+async def scripted_door(*script: Line) -> AsyncIterator[tuple[ScriptedDoor, str]]:
     """Listen on a free port; yields the front door and its address."""
     door = ScriptedDoor(script)
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(door, server)
-    if credentials is None:
-        port = server.add_insecure_port("127.0.0.1:0")
-    else:
-        port = server.add_secure_port("127.0.0.1:0", credentials)
+    port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         yield door, f"127.0.0.1:{port}"

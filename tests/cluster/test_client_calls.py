@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import trustme
 
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.tls import TlsFiles
 from expertmesh_client import (
     AsyncClient,
     Client,
@@ -203,8 +205,10 @@ async def test_what_is_asked_for_beside_tokens_comes_through(model):
         assert answer.finish.stop_token_id == model.eos_token_ids[0]
 
 
-async def test_keys_are_sent_and_strangers_are_told(model):
-    options = FrontDoorOptions(api_keys=(("key", "ann"),), loopback_without_key=False)
+async def test_keys_are_sent_and_strangers_are_told(model, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"ann: {hashlib.sha256(b'key').hexdigest()}\n")
+    options = FrontDoorOptions(api_keys_file=str(keys))
     async with front_door(
         FakeGateway(saying(model, GREETING)), model=model, options=options
     ) as site:
@@ -316,31 +320,32 @@ async def test_a_cancelled_request_whose_stream_breaks_is_not_begun_anew(model):
     assert len(answer.completions[0].token_ids) == 3
 
 
-async def test_both_ends_prove_who_they_are_with_certificates(tmp_path):
+async def test_both_ends_prove_who_they_are_with_certificates(model, tmp_path):
     authority = trustme.CA()
-    server, own = authority.issue_cert("front.example"), authority.issue_cert("client@example")
-    files = {"ca_file": tmp_path / "ca", "cert_file": tmp_path / "c", "key_file": tmp_path / "k"}
-    authority.cert_pem.write_to_path(files["ca_file"])
-    own.cert_chain_pems[0].write_to_path(files["cert_file"])
-    own.private_key_pem.write_to_path(files["key_file"])
-    served = grpc.ssl_server_credentials(
-        [(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())],
-        root_certificates=authority.cert_pem.bytes(),
-        require_client_auth=True,
-    )
-    async with scripted_door(says(1), credentials=served) as (_, address):
-        for given, is_let_in in ((files, True), ({"ca_file": files["ca_file"]}, False)):
-            credentials = tls_credentials(**given)
-            async with AsyncClient(
-                address, credentials=credentials, server_name="front.example", retry=QUICK
-            ) as client:
-                if is_let_in:
-                    assert (await client.generate("x", timeout_s=WAIT_S).collect()).text == "<1>"
-                    continue
-                with pytest.raises(UnavailableError):
-                    await client.generate("x", timeout_s=WAIT_S).collect()
+    paths = {name: str(tmp_path / name) for name in ("ca", "own", "own_key", "front", "front_key")}
+    authority.cert_pem.write_to_path(paths["ca"])
+    for name, identity in (("own", "client@example"), ("front", "front.example")):
+        issued = authority.issue_cert(identity)
+        issued.cert_chain_pems[0].write_to_path(paths[name])
+        issued.private_key_pem.write_to_path(paths[f"{name}_key"])
+    tls = TlsFiles(paths["front"], paths["front_key"], paths["ca"])
+    known = tls_credentials(ca_file=paths["ca"], cert_file=paths["own"], key_file=paths["own_key"])
+    stranger = tls_credentials(ca_file=paths["ca"])
+    gateway = FakeGateway(saying(model, GREETING))
+    async with front_door(gateway, model=model, options=FrontDoorOptions(tls=tls)) as site:
+
+        def connected(credentials):
+            return AsyncClient(
+                site.address, credentials=credentials, server_name="front.example", retry=QUICK
+            )
+
+        async with connected(known) as client:
+            assert (await client.generate("x", timeout_s=WAIT_S).collect()).text == GREETING
+        async with connected(stranger) as client:
+            with pytest.raises(UnavailableError):
+                await client.generate("x", timeout_s=WAIT_S).collect()
     with pytest.raises(ValueError, match="together"):
-        tls_credentials(cert_file=files["cert_file"])
+        tls_credentials(cert_file=paths["own"])
 
 
 async def test_the_examples_of_the_readme_run(model, monkeypatch, tmp_path):
