@@ -75,7 +75,7 @@ class FrontDoorBody(Process):
             Role.FRONT_DOOR,
             member,
             config.telemetry,
-            metrics_port=config.telemetry.metrics_port if first else 0,
+            metrics_port=config.telemetry.metrics_port if first or not host else 0,
         )
         self._drain_s = section.drain_s
         shares_port = not host  # a successor on the same node takes it before this one leaves

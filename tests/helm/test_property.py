@@ -191,7 +191,7 @@ def test_values_that_fit_together_render_to_what_kubernetes_takes(drawn):
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-@settings(few, max_examples=400, derandomize=False)
+@settings(few, max_examples=150, derandomize=False)
 @given(values)
 def test_many_values_that_fit_together_render_to_what_kubernetes_takes(drawn):
     check(drawn)
