@@ -69,17 +69,16 @@ class FrontDoorBody(Process):
         host: str,
         config: ClusterConfig,
     ) -> None:
-        first = member.name.endswith("-0")
         section, tls = config.front_doors, config.front_doors.tls
+        shares_port = not host  # a successor on the same node takes it before this one leaves
+        own_port = shares_port or member.name.endswith("-0")
         super().__init__(
             Role.FRONT_DOOR,
             member,
             config.telemetry,
-            metrics_port=config.telemetry.metrics_port if first or not host else 0,
+            metrics_port=config.telemetry.metrics_port if own_port else 0,
         )
         self._drain_s = section.drain_s
-        shares_port = not host  # a successor on the same node takes it before this one leaves
-        own_port = first or shares_port
         self._loop = LoopThread()
         self._door = FrontDoor(
             FrontDoorOptions(

@@ -16,7 +16,7 @@ from cluster.cli.operate import Pool, drain_command, scale_command
 from cluster.cli.status import status_command, watch_command
 from cluster.cli.talk import Ask, chat_command, generate_command
 from cluster.config import ClusterConfig, load_config
-from workers.errors import ExpertmeshError
+from workers.errors import ConfigError, ExpertmeshError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -96,7 +96,7 @@ def apply_(
     """
     from cluster.cli.apply import apply_command, watch_command
 
-    settings = ["front_doors.insecure=true", *(set_ or [])] if insecure else list(set_ or [])
+    settings = _with_insecure(set_, insecure=insecure)
     if watch:
         watch_command(config, settings, ray_address)
     else:
@@ -111,12 +111,16 @@ def rollout(
     ] = None,
     set_: Settings = None,
     ray_address: RayAddress = "auto",
+    insecure: Insecure = False,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the end.")] = 3600.0,
 ) -> None:
     """Apply a configuration, and replace one by one the members that run with older settings."""
     from cluster.cli.apply import rollout_command
 
-    load = (lambda: load_config(config, set_ or [])) if config or set_ else None
+    settings = _with_insecure(set_, insecure=insecure)
+    if settings and config is None:
+        raise ConfigError("give the file, with -f, that --set and --insecure are to change")
+    load = (lambda: load_config(config, settings)) if config else None
     rollout_command(load, ray_address, timeout_s)
 
 
@@ -352,6 +356,10 @@ def _configuration(
     """Read the file, then the options that were given, then `--set`, each over what was before."""
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     return load_config(path, [*options, *(settings or [])])
+
+
+def _with_insecure(settings: list[str] | None, *, insecure: bool) -> list[str]:
+    return [*(["front_doors.insecure=true"] if insecure else []), *(settings or [])]
 
 
 def _complain(message: str, status: int) -> int:

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -27,6 +28,8 @@ from cluster.pb.expertmesh.v1 import (
 from workers.clock import Clock, SystemClock
 from workers.errors import ConfigError
 from workers.placement import MemberId, View
+
+_log = structlog.get_logger()
 
 _STALL_S = 30.0  # parked rows are a stall too, though nothing is lost by them
 _LOOK_S = 1.0
@@ -111,6 +114,8 @@ class FrontDoor:
         names = (_INFERENCE, _CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         address = _bind(self._server, self._options.listen, self._certificates)
+        if self._options.api_keys_file and self._certificates is None:
+            _log.warning("API keys are sent in cleartext here: set front_doors.tls", at=address)
         await self._set_health()
         if self._options.health_listen:
             await self._start_health()

@@ -71,6 +71,7 @@ def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -
         assert second.keys().isdisjoint(third)
         assert answer(cluster) == tokens
 
+        processes = [psutil.Process(pid) for pid in third.values()]
         assert cluster.down().stdout == "ended\n"
-        assert not any(psutil.pid_exists(pid) for pid in third.values())
+        assert not psutil.wait_procs(processes, timeout=30)[1]
         assert cluster.down().stdout == "nothing ran\n"

@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+import os
+import sys
 
 import grpc
 import pytest
@@ -177,6 +179,44 @@ async def test_keys_come_over_tls_and_are_replaced_while_it_serves(model, author
             while await asked(c, new) is not OK:  # noqa: ASYNC110  # looked at once a second
                 await asyncio.sleep(0.02)
         assert await asked(c, old) is refused
+
+
+async def test_the_command_line_reaches_a_front_door_by_certificate_and_key(
+    model, authorities, gateway, tmp_path
+):
+    ours, _ = authorities
+    gateway.go_on()
+    (tmp_path / "keys").write_text(f"ops: {hashlib.sha256(b'secret').hexdigest()}\n")
+    (tmp_path / "key").write_text("secret\n")
+    client = ours.issue_cert("someone")
+    client.private_key_pem.write_to_path(tmp_path / "own.key")
+    client.cert_chain_pems[0].write_to_path(tmp_path / "own.crt")
+    options = FrontDoorOptions(
+        listen=f"{HOST}:0", tls=write(tmp_path, ours, client_ca=ours),
+        api_keys_file=str(tmp_path / "keys"), operators=("ops",),
+    )  # fmt: skip
+    async with front_door(gateway, model=model, options=options) as site:
+        given = {"server": site.address, "tls-ca": "ca.crt", "tls-cert": "own.crt"}
+        given |= {"tls-key": "own.key", "api-key-file": "key"}
+
+        async def run(*words: str, without: str = "") -> tuple[int, str]:
+            flags = [f"--{name}={value}" for name, value in given.items() if name != without]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "expertmesh", *words, *flags, cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(DEMO.parents[1])},
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            )  # fmt: skip
+            said, _ = await asyncio.wait_for(process.communicate(), 60)
+            return process.returncode, said.decode()
+
+        assert await run("generate", "x") == (0, "hello\n")
+        assert (await run("status", "--json"))[0] == 0
+        status, said = await run("bench", "--requests=2", "--output-tokens=1")
+        assert (status, "2 completed" in said) == (0, True), said
+        status, said = await run("generate", "x", without="api-key-file")
+        assert (status, "UNAUTHENTICATED: send an API key" in said) == (1, True), said
+        status, said = await run("generate", "x", without="tls-cert")
+        assert (status, "give --tls-cert and --tls-key together" in said) == (1, True), said
 
 
 async def test_health_is_answered_in_cleartext_at_its_own_port_and_nothing_else_is(

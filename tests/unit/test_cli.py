@@ -17,7 +17,7 @@ OPTIONS = {
         "ray-address", "allow-chaos", "insecure",
     },
     "apply": {"config", "set", "ray-address", "watch", "insecure"},
-    "rollout": {"config", "set", "ray-address", "timeout-s"},
+    "rollout": {"config", "set", "ray-address", "insecure", "timeout-s"},
     "down": {"ray-address"},
     "demo": {"config", "set", "client"},
     "chat": {*CLIENT, "system", "thinking", "temperature", "max-tokens", "seed"},
