@@ -69,7 +69,15 @@ class GatewaySection(ProcessSection):
     micro_batches: Annotated[int, Field(ge=0, le=2)] = 0
     """1 or 2; 0 takes 2 on GPUs with expert workers, else 1: shared cores overlap nothing."""
     drain_s: Seconds = 600.0
-    """How long a gateway that leaves may take to finish its sequences."""
+    """How long a gateway that leaves may take to finish its sequences, or to hand them over."""
+    snapshot_tokens: Count = 64
+    """Tokens from one snapshot of a sequence to the next, which another gateway keeps; 0 takes
+    none. A gateway that dies then costs each sequence fewer than twice as many tokens again."""
+    snapshot_token_bytes: Count = 0
+    """Most bytes of recurrent state that snapshots may cost a rank for each token; where
+    `snapshot_tokens` would cost more, they are taken more rarely. 0 sets no bound."""
+    snapshot_store_bytes: PositiveCount = 2**30
+    """Most bytes of snapshots that a gateway keeps for others, in host memory."""
 
 
 class ExpertSection(ProcessSection):

@@ -5,7 +5,7 @@ The engine runs in its own thread and the streams on an event loop; neither wait
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 import grpc
@@ -13,8 +13,10 @@ import structlog
 
 from cluster import wire
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
+from cluster.snapshots import SnapshotServicer, SnapshotSource
 from workers.errors import ExpertmeshError
-from workers.types import GatewayStats, Request, TokenEvent
+from workers.gateway.snapshot import Snapshot, Stamp
+from workers.types import GatewayStats, Request, SnapshotPlace, TokenEvent
 
 _log = structlog.get_logger()
 
@@ -34,7 +36,12 @@ class ServingGateway(Protocol):
         """Why the engine has stopped for good; None while it runs."""
         ...
 
-    def submit(self, request: Request, sink: Callable[[Sequence[TokenEvent]], None]) -> None:
+    def submit(
+        self,
+        request: Request,
+        sink: Callable[[Sequence[TokenEvent]], None],
+        snapshots: Mapping[int, Snapshot] = ...,
+    ) -> None:
         """Take a request; its events go to the sink, from any thread. Raises at once."""
         ...
 
@@ -54,22 +61,37 @@ class GatewayEndpoint:
         worker: Rank 0 of the gateway.
         listen: HOST:PORT; port 0 takes a free one.
         stats_interval_s: How often each front door is told the gateway's load.
+        keeper: Keeps the snapshots of other gateways; without one it keeps none.
+        source: Finds the snapshots that requests name; without one all are computed again.
     """
 
     def __init__(
-        self, worker: ServingGateway, listen: str, *, stats_interval_s: float = 0.25
+        self,
+        worker: ServingGateway,
+        listen: str,
+        *,
+        stats_interval_s: float = 0.25,
+        keeper: SnapshotServicer | None = None,
+        source: SnapshotSource | None = None,
     ) -> None:
         self._listen = listen
         self._server: grpc.aio.Server | None = None
-        self._servicer = _Servicer(worker, stats_interval_s)
+        self._keeper = keeper
+        self._servicer = _Servicer(worker, stats_interval_s, source)
 
     async def start(self) -> str:
         """Listen, and return HOST:PORT."""
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(self._servicer, self._server)
+        if self._keeper is not None:
+            gateway_pb2_grpc.add_SnapshotServiceServicer_to_server(self._keeper, self._server)
         port = self._server.add_insecure_port(self._listen)
         await self._server.start()
         return f"{self._listen.rpartition(':')[0]}:{port}"
+
+    def report(self, stamp: Stamp, holder: str) -> None:
+        """Tell the front door of a request that a snapshot of it is whole. On the loop only."""
+        self._servicer.report(stamp, holder)
 
     async def close(self) -> None:
         """End every stream and stop listening."""
@@ -78,10 +100,18 @@ class GatewayEndpoint:
 
 
 class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
-    def __init__(self, worker: ServingGateway, stats_interval_s: float) -> None:
+    def __init__(
+        self, worker: ServingGateway, stats_interval_s: float, source: SnapshotSource | None
+    ) -> None:
         self._worker = worker
         self._stats_interval_s = stats_interval_s
+        self._source = source
         self._sessions: dict[str, _Session] = {}
+
+    def report(self, stamp: Stamp, holder: str) -> None:
+        """Tell whichever session has the request."""
+        for session in self._sessions.values():
+            session.snapshot(stamp, holder)
 
     async def Session(  # type: ignore[override]  # writes: a broken stream is noticed in here
         self,
@@ -89,7 +119,7 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
         context: grpc.aio.ServicerContext[gateway_pb2.SessionRequest, gateway_pb2.SessionResponse],
     ) -> None:
         """Serve one front door until its stream, or the gateway, breaks."""
-        session = _Session(self._worker)
+        session = _Session(self._worker, self._source)
         reader = asyncio.create_task(self._read(request_iterator, session))
         reader.add_done_callback(session.reader_ended)
         try:
@@ -127,47 +157,57 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
 class _Session:
     """The requests of one front door. All methods but `_sink` run on the event loop."""
 
-    def __init__(self, worker: ServingGateway) -> None:
+    def __init__(self, worker: ServingGateway, source: SnapshotSource | None) -> None:
         self._worker = worker
+        self._source = source
+        self._fetching: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
         self._events: deque[TokenEvent] = deque()
-        self._refusals: list[gateway_pb2.Refusal] = []
+        self._reports: deque[gateway_pb2.SessionResponse] = deque()  # beside events
         self._wake = asyncio.Event()
         self._waking = False
         self._live: dict[str, tuple[int, int]] = {}  # request id to (assignment, sequences left)
         self.ended = False
 
     def submit(self, command: gateway_pb2.Submit) -> None:
-        """Hand a request to the engine, or note its refusal."""
+        """Hand a request to the engine, with its snapshots if it names some, or note a refusal."""
         request = wire.request_of(command)
-        if request.request_id in self._live:
-            self._worker.abort(request.request_id)
-        try:
-            self._worker.submit(request, self._sink)
-        except ExpertmeshError as error:
-            self._refuse(request, error)
-        except Exception as error:  # noqa: BLE001  # the client hears of it
-            _log.exception("submit failed", request_id=request.request_id)
-            self._refuse(request, ExpertmeshError(f"the gateway failed: {error}"))
-        else:
-            self._live[request.request_id] = (request.assignment, request.num_sequences)
+        self._drop(request.request_id)
+        if self._source is None or not request.snapshots:
+            self._begin(request, {})
+            return
+        task = asyncio.create_task(self._fetch_and_begin(self._source, request))
+        self._fetching[request.request_id] = task
+        self._live[request.request_id] = (request.assignment, request.num_sequences)
 
     def abort(self, command: gateway_pb2.Abort) -> None:
         """Free a request, unless a newer assignment of it is running."""
         assignment, _ = self._live.get(command.request_id, (None, 0))
         if assignment == command.assignment:
-            del self._live[command.request_id]
-            self._worker.abort(command.request_id)
+            self._drop(command.request_id)
+
+    def snapshot(self, stamp: Stamp, holder: str) -> None:
+        """Report a whole snapshot, if it is of one of this session's requests."""
+        assignment, _ = self._live.get(stamp.request_id, (None, 0))
+        if assignment == stamp.assignment:
+            place = SnapshotPlace(stamp.sequence_index, stamp.position, holder)
+            report = gateway_pb2.SnapshotReport(
+                request_id=stamp.request_id,
+                assignment=stamp.assignment,
+                place=wire.place_message(place),
+            )
+            self._reports.append(gateway_pb2.SessionResponse(snapshot=report))
+            self._wake.set()
 
     async def report(self, timeout_s: float) -> gateway_pb2.SessionResponse | None:
         """Return everything that is new as one message, or None when nothing came in time."""
-        if not self._refusals:
+        if not self._reports:
             try:
                 await asyncio.wait_for(self._wake.wait(), timeout_s)
             except TimeoutError:
                 return None
-        if self._refusals:
-            return gateway_pb2.SessionResponse(refusal=self._refusals.pop(0))
+        if self._reports:
+            return self._reports.popleft()
         self._wake.clear()
         self._waking = False  # before the events are taken: later ones wake again
         events = gateway_pb2.TokenEvents()
@@ -185,17 +225,44 @@ class _Session:
 
     def close(self) -> None:
         """Free whatever is still running, and end."""
-        for request_id in self._live:
-            self._worker.abort(request_id)
-        self._live.clear()
+        for request_id in tuple(self._live):
+            self._drop(request_id)
         self._end()
+
+    def _begin(self, request: Request, snapshots: Mapping[int, Snapshot]) -> None:
+        try:
+            self._worker.submit(request, self._sink, snapshots)
+        except ExpertmeshError as error:
+            self._refuse(request, error)
+        except Exception as error:  # noqa: BLE001  # the client hears of it
+            _log.exception("submit failed", request_id=request.request_id)
+            self._refuse(request, ExpertmeshError(f"the gateway failed: {error}"))
+        else:
+            self._live[request.request_id] = (request.assignment, request.num_sequences)
+
+    async def _fetch_and_begin(self, source: SnapshotSource, request: Request) -> None:
+        snapshots = await source.find(request)
+        del self._fetching[request.request_id]
+        self._begin(request, snapshots)
+
+    def _drop(self, request_id: str) -> None:
+        """Free a request, wherever it stands; one that is not there is no error."""
+        if self._live.pop(request_id, None) is None:
+            return
+        fetching = self._fetching.pop(request_id, None)
+        if fetching is not None:
+            fetching.cancel()
+        else:
+            self._worker.abort(request_id)
 
     def _end(self) -> None:
         self.ended = True
         self._wake.set()
 
     def _refuse(self, request: Request, error: ExpertmeshError) -> None:
-        self._refusals.append(wire.refusal_message(request.request_id, request.assignment, error))
+        self._live.pop(request.request_id, None)
+        refusal = wire.refusal_message(request.request_id, request.assignment, error)
+        self._reports.append(gateway_pb2.SessionResponse(refusal=refusal))
         self._wake.set()
 
     def _sink(self, events: Sequence[TokenEvent]) -> None:

@@ -77,6 +77,60 @@ GATEWAY_SAMPLES = (
         "Time spent waiting for experts.",
     ),
     Sample("step_s", "expertmesh_gateway_step_seconds", _COUNT, "Time spent in steps."),
+    Sample(
+        "snapshots_stored",
+        "expertmesh_gateway_snapshots_stored",
+        _COUNT,
+        "Snapshots of its sequences that another gateway holds or held.",
+    ),
+    Sample(
+        "snapshots_skipped",
+        "expertmesh_gateway_snapshots_skipped",
+        _COUNT,
+        "Snapshots that were due and not taken, since one was on its way still.",
+    ),
+    Sample(
+        "snapshots_evicted",
+        "expertmesh_gateway_snapshots_evicted",
+        _COUNT,
+        "Sequences of others whose snapshots had to make room here.",
+    ),
+    Sample(
+        "snapshot_bytes",
+        "expertmesh_gateway_snapshot_bytes",
+        _GAUGE,
+        "Bytes of snapshots that are kept for other gateways.",
+    ),
+    Sample(
+        "restores",
+        "expertmesh_gateway_restores",
+        _COUNT,
+        "Sequences that went on here from a snapshot.",
+    ),
+    Sample(
+        "recomputes",
+        "expertmesh_gateway_recomputes",
+        _COUNT,
+        "Sequences that went on here from the prompt.",
+    ),
+    Sample(
+        "replayed_tokens",
+        "expertmesh_gateway_replayed_tokens",
+        _COUNT,
+        "Known tokens computed again behind a snapshot.",
+    ),
+    Sample(
+        "recomputed_tokens",
+        "expertmesh_gateway_recomputed_tokens",
+        _COUNT,
+        "Known tokens computed again from the prompt on.",
+    ),
+    Sample(
+        "moved",
+        "expertmesh_gateway_moved_sequences",
+        _COUNT,
+        "Sequences that went on elsewhere while it drained.",
+    ),
 )
 WORKER_SAMPLES = (
     Sample("slots_used", "expertmesh_worker_slots_used", _GAUGE, "Slots that hold an expert."),

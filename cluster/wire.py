@@ -1,4 +1,4 @@
-"""gateway.proto <-> the words of the data plane, for both ends of a session."""
+"""gateway.proto <-> the words of the data plane, for both ends of a session, and of a push."""
 
 from collections.abc import Iterable
 
@@ -10,13 +10,17 @@ from workers.errors import (
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
+    SnapshotError,
 )
+from workers.gateway.snapshot import Ended, Shard, Stamp, Verdict
+from workers.model.packed import PackedShard
 from workers.types import (
     FinishReason,
     GatewayStats,
     Output,
     Request,
     Sampling,
+    SnapshotPlace,
     Stopping,
     TokenEvent,
     TokenLogprob,
@@ -27,8 +31,17 @@ _FINISHES = {
     FinishReason.LENGTH: gateway_pb2.EVENT_FINISH_LENGTH,
     FinishReason.CANCELLED: gateway_pb2.EVENT_FINISH_CANCELLED,
     FinishReason.ERROR: gateway_pb2.EVENT_FINISH_ERROR,
+    FinishReason.MOVED: gateway_pb2.EVENT_FINISH_MOVED,
 }
 _REASONS = {number: reason for reason, number in _FINISHES.items()}
+_VERDICTS = {
+    Verdict.STORED: gateway_pb2.SNAPSHOT_VERDICT_STORED,
+    Verdict.COMPLETE: gateway_pb2.SNAPSHOT_VERDICT_COMPLETE,
+    Verdict.NO_BASE: gateway_pb2.SNAPSHOT_VERDICT_NO_BASE,
+    Verdict.STALE: gateway_pb2.SNAPSHOT_VERDICT_STALE,
+    Verdict.REFUSED: gateway_pb2.SNAPSHOT_VERDICT_REFUSED,
+}
+_VERDICT_OF = {number: verdict for verdict, number in _VERDICTS.items()}
 _STATS = tuple(
     name
     for name in GatewayStats.__dataclass_fields__
@@ -54,6 +67,7 @@ def submit_message(request: Request) -> gateway_pb2.Submit:
             logprobs=request.output.logprobs, prompt_logprobs=request.output.prompt_logprobs
         ),
         emitted=[inference_pb2.TokenIds(ids=ids) for ids in request.emitted],
+        snapshots=[place_message(place) for place in request.snapshots],
     )
 
 
@@ -101,7 +115,20 @@ def request_of(message: gateway_pb2.Submit) -> Request:
         output=output_of(message.output),
         num_sequences=sampling.num_sequences,
         emitted=tuple(tuple(tokens.ids) for tokens in message.emitted),
+        snapshots=tuple(map(place_of, message.snapshots)),
     )
+
+
+def place_message(place: SnapshotPlace) -> gateway_pb2.SnapshotPlace:
+    """Return where a snapshot is, as it travels."""
+    return gateway_pb2.SnapshotPlace(
+        sequence_index=place.sequence_index, position=place.position, holder=place.holder
+    )
+
+
+def place_of(message: gateway_pb2.SnapshotPlace) -> SnapshotPlace:
+    """Return where a snapshot is."""
+    return SnapshotPlace(message.sequence_index, message.position, message.holder)
 
 
 def output_of(message: inference_pb2.Output) -> Output:
@@ -229,3 +256,75 @@ def error_of(refusal: gateway_pb2.Refusal) -> ExpertmeshError:
             return DrainingError(refusal.message)
         case _:
             return ExpertmeshError(refusal.message)
+
+
+def shard_head(shard: Shard) -> gateway_pb2.ShardHead:
+    """Return what goes before the bytes of a shard."""
+    stamp, data = shard.stamp, shard.data
+    return gateway_pb2.ShardHead(
+        owner=shard.owner,
+        request_id=stamp.request_id,
+        sequence_index=stamp.sequence_index,
+        assignment=stamp.assignment,
+        position=stamp.position,
+        weights_version=stamp.weights_version,
+        tokens=stamp.tokens,
+        rank=data.rank,
+        size=data.size,
+        start=data.start,
+        dtype=data.dtype,
+        kv_bytes=len(data.kv),
+        state_bytes=len(data.states),
+        digest=data.digest(),
+    )
+
+
+def stamp_of(head: gateway_pb2.ShardHead) -> Stamp:
+    """Return what a shard is of."""
+    return Stamp(
+        request_id=head.request_id,
+        sequence_index=head.sequence_index,
+        assignment=head.assignment,
+        position=head.position,
+        weights_version=head.weights_version,
+        tokens=head.tokens,
+    )
+
+
+def shard_of(head: gateway_pb2.ShardHead, data: bytes) -> Shard:
+    """Return the shard that travelled; raises SnapshotError when it is not what was sent."""
+    packed = PackedShard(
+        rank=head.rank,
+        size=head.size,
+        start=head.start,
+        position=head.position,
+        dtype=head.dtype,
+        kv=data[: head.kv_bytes],
+        states=data[head.kv_bytes :],
+    )
+    if len(packed.states) != head.state_bytes or packed.digest() != head.digest:
+        raise SnapshotError(
+            f"rank {head.rank}'s part of the snapshot of request {head.request_id} at "
+            f"{head.position} came damaged"
+        )
+    return Shard(stamp=stamp_of(head), owner=head.owner, data=packed)
+
+
+def verdict_message(verdict: Verdict) -> gateway_pb2.PushResponse:
+    """Return what became of a shard, as it travels."""
+    return gateway_pb2.PushResponse(verdict=_VERDICTS[verdict])
+
+
+def verdict_of(message: gateway_pb2.PushResponse) -> Verdict:
+    """Return what became of a shard."""
+    return _VERDICT_OF.get(message.verdict, Verdict.REFUSED)
+
+
+def release_message(ended: Ended) -> gateway_pb2.ReleaseRequest:
+    """Return the word that a sequence has left its gateway."""
+    return gateway_pb2.ReleaseRequest(
+        request_id=ended.request_id,
+        sequence_index=ended.sequence_index,
+        assignment=ended.assignment,
+        has_ended=ended.has_ended,
+    )

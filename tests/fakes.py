@@ -1,12 +1,14 @@
 """Hand-written stand-ins for the parts that a front door talks to."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from workers.errors import DrainingError, DuplicateRequestError, OverloadedError
+from workers.gateway.snapshot import Snapshot
 from workers.types import FinishReason, GatewayStats, Request, TokenEvent, TokenLogprob
 
+NO_SNAPSHOTS: Mapping[int, Snapshot] = {}
 Sink = Callable[[Sequence[TokenEvent]], None]
 
 
@@ -45,6 +47,7 @@ class FakeGateway:
         max_requests: int = 1000,
     ) -> None:
         self.submitted: list[Request] = []
+        self.snapshots: dict[tuple[str, int], Snapshot] = {}
         self.aborted: list[str] = []
         self.failure: str | None = None
         self.is_draining = False
@@ -58,8 +61,11 @@ class FakeGateway:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(
+        self, request: Request, sink: Sink, snapshots: Mapping[int, Snapshot] = NO_SNAPSHOTS
+    ) -> None:
         with self._lock:
+            self.snapshots.update({(request.request_id, i): s for i, s in snapshots.items()})
             if self.is_draining:
                 raise DrainingError("this gateway is draining")
             if request.request_id in self._running:

@@ -13,6 +13,7 @@ ExpertmeshError
 ├── ConfigError              a setting is unknown, mistyped or impossible
 ├── CheckpointError          a checkpoint is unsupported, incomplete or damaged
 ├── PlacementError           an expert has no usable replica
+├── SnapshotError            a snapshot is damaged, or not of this model or sequence
 ├── GatewayFailedError       the ranks of a gateway are gone or out of step; it must be replaced
 └── DispatchError            a message or link failed
     ├── LinkClosedError      the link is closed or broke
@@ -95,6 +96,10 @@ class TraceError(ExpertmeshError, ValueError):
 
 class PlacementError(ExpertmeshError):
     """An expert has no usable replica."""
+
+
+class SnapshotError(ExpertmeshError):
+    """A snapshot is damaged, or not of this model or sequence: compute from the prompt instead."""
 
 
 class GatewayFailedError(ExpertmeshError):

@@ -48,12 +48,22 @@ class Output:
     prompt_logprobs: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotPlace:
+    """Where a snapshot of one sequence of a request is: with `holder`, NAME.INCARNATION."""
+
+    sequence_index: int
+    position: int
+    holder: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a gateway is asked to do: `num_sequences` continuations of one prompt.
 
     `assignment` fences the owner of the request: events carry it, older ones are dropped.
-    `emitted` holds, per sequence, the tokens that the client already has (resumption).
+    `emitted` holds, per sequence, the tokens that the client already has (resumption), and
+    `snapshots` where to find what need not be computed again.
     """
 
     request_id: str
@@ -64,6 +74,7 @@ class Request:
     num_sequences: int = 1
     assignment: int = 0
     emitted: tuple[tuple[int, ...], ...] = ()
+    snapshots: tuple[SnapshotPlace, ...] = ()
 
 
 class FinishReason(Enum):
@@ -73,6 +84,7 @@ class FinishReason(Enum):
     LENGTH = "length"  # max_tokens
     CANCELLED = "cancelled"
     ERROR = "error"
+    MOVED = "moved"  # not an end: its gateway leaves, and it goes on elsewhere from its snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +127,11 @@ class GatewayStats:
 
     `recoveries` counts the layers that lost rows with a link, by the time from when the loss was
     noticed until the layer was complete: one class per bound of `RECOVERY_BOUNDS_S`, and one above.
+
+    `snapshots_stored` and `_skipped` are of this gateway's own sequences; `snapshot_bytes` and
+    `snapshots_evicted` of those that it keeps for others. `restores` counts the sequences that went
+    on here from a snapshot, with the known tokens behind it that were computed again
+    (`replayed_tokens`); `recomputes` those whose client had tokens and that began at the prompt.
     """
 
     running: int = 0
@@ -133,6 +150,15 @@ class GatewayStats:
     dispatch_wait_s: float = 0.0
     step_s: float = 0.0
     recovery_s: float = 0.0
+    snapshots_stored: int = 0
+    snapshots_skipped: int = 0
+    snapshots_evicted: int = 0
+    snapshot_bytes: int = 0
+    restores: int = 0
+    recomputes: int = 0
+    replayed_tokens: int = 0
+    recomputed_tokens: int = 0
+    moved: int = 0
     recoveries: tuple[int, ...] = ()
     rows_by_worker: dict[str, int] = field(default_factory=dict)
 

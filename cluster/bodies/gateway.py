@@ -1,18 +1,25 @@
 """The body of one gateway rank."""
 
 import os
+from dataclasses import replace
 
 from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import GatewayEndpoint
 from cluster.runtime import node_address, node_name
+from cluster.snapshots import SnapshotClient, SnapshotServicer, SnapshotSource
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
+from workers.clock import SystemClock
 from workers.dispatch.options import DispatchOptions, Transport
+from workers.gateway.buddy import choose_buddy
 from workers.gateway.options import GatewayOptions
-from workers.gateway.worker import GatewaySpec, GatewayWorker
+from workers.gateway.snapshot import Ended, Holder, Shard, Verdict
+from workers.gateway.snapshot_store import SnapshotStore
+from workers.gateway.worker import GatewaySpec, GatewayWorker, Keeping
 from workers.mesh import Rendezvous
 from workers.placement import MemberId, Role, View
+from workers.types import GatewayStats
 
 
 class GatewayBody(Process):
@@ -23,6 +30,7 @@ class GatewayBody(Process):
     ) -> None:
         port = own_port(config.telemetry.metrics_port, host, rank)
         super().__init__(Role.GATEWAY, member, config.telemetry, metrics_port=port)
+        self._member = member
         self._rank = rank
         self._drain_s = config.gateways.drain_s
         self._host = host or node_address()
@@ -34,12 +42,16 @@ class GatewayBody(Process):
                 host=self._host,
                 model_dir=model_dir,
                 options=_options(config),
-            )
+            ),
+            keeping=Keeping(self._push, self._release),
         )
         self._endpoint: GatewayEndpoint | None = None
         self._loop = LoopThread()
+        self._store = SnapshotStore(config.gateways.snapshot_store_bytes, SystemClock())
+        self._client = SnapshotClient(rank)
+        self._source = SnapshotSource(str(member), self._store, self._client)
         if rank == 0:
-            self.registry.register(StatsCollector(self._worker.stats, GATEWAY_SAMPLES, str(member)))
+            self.registry.register(StatsCollector(self._stats, GATEWAY_SAMPLES, str(member)))
 
     def open(self) -> Opened:
         """Start this rank's stores."""
@@ -60,32 +72,68 @@ class GatewayBody(Process):
         self._worker.start()
         if self._rank:
             return None
-        self._endpoint = GatewayEndpoint(self._worker, f"{self._host}:0")
-        endpoint = self._loop.run(self._endpoint.start(), timeout_s=30.0)
+        endpoint = self._loop.run(self._listen(), timeout_s=30.0)
         return Opened(pid=os.getpid(), node=node_name(), endpoint=endpoint)
 
     def adopt(self, view: View) -> None:
         """Take a newer View."""
         self._worker.adopt(view)
+        if view.order > self.order and self._rank == 0:
+            self._worker.keep_with(choose_buddy(view, self._member), view.placement.weights_version)
+            gateways = view.with_role(Role.GATEWAY)
+            self._source.endpoints = {str(m.id): m.endpoint for m in gateways if m.endpoint}
         self.note(view)
 
     def pulse(self) -> Pulse:
         """Say how this rank is."""
+        if self._rank == 0:
+            self._store.sweep(self._source.endpoints)
         return Pulse(
             order=self.order,
             ready=self._worker.ready,
             failure=self._worker.failure or "",
-            stats=self._worker.stats() if self._rank == 0 else None,
+            stats=self._stats() if self._rank == 0 else None,
             load=self._worker.take_load(),
         )
 
     def drain(self) -> bool:
-        """Finish the running sequences, then close."""
+        """Hand the running sequences over or finish them, then close."""
         idle = self._worker.drain(self._drain_s)
         if self._endpoint is not None:
             self._loop.run(self._endpoint.close(), timeout_s=10.0)
         self._worker.close()
         return idle
+
+    async def _listen(self) -> str:
+        self._endpoint = GatewayEndpoint(
+            self._worker,
+            f"{self._host}:0",
+            keeper=SnapshotServicer(self._store),
+            source=self._source,
+        )
+        return await self._endpoint.start()
+
+    def _stats(self) -> GatewayStats:
+        return replace(
+            self._worker.stats(),
+            snapshot_bytes=self._store.num_bytes,
+            snapshots_evicted=self._store.num_evicted,
+        )
+
+    def _push(self, shard: Shard, holder: Holder) -> None:
+        """Send a shard from the packing thread's hands; the loop hears what came of it."""
+        self._loop.begin(self._push_and_tell(shard, holder))
+
+    async def _push_and_tell(self, shard: Shard, holder: Holder) -> None:
+        verdict = await self._client.push(shard, holder)
+        if self._rank:
+            return  # rank 0 hears when all parts are there
+        if verdict is Verdict.COMPLETE and self._endpoint is not None:
+            self._endpoint.report(shard.stamp, holder.member)
+        self._worker.stored(shard.stamp, holder, verdict)
+
+    def _release(self, ended: Ended, holder: Holder) -> None:
+        self._loop.begin(self._client.release(ended, holder))
 
 
 def _options(config: ClusterConfig) -> GatewayOptions:
@@ -105,6 +153,8 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         bit_stable=config.dispatch.bit_stable,
         dtype=config.model.dtype,
         num_threads=section.threads,
+        snapshot_tokens=section.snapshot_tokens,
+        snapshot_token_bytes=section.snapshot_token_bytes,
         device=device,
         dispatch=DispatchOptions(
             transport=Transport(config.dispatch.transport),

@@ -4,8 +4,10 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import structlog
 from prometheus_client import CollectorRegistry
 
 from cluster.config import TelemetrySection
@@ -14,6 +16,7 @@ from cluster.runtime import node_name
 from cluster.telemetry import ViewGauges, configure_logging, serve_metrics
 from workers.placement import MemberId, Role, View
 
+_log = structlog.get_logger()
 _Result = TypeVar("_Result")
 
 
@@ -55,6 +58,11 @@ def own_port(port: int, host: str, rank: int = 0) -> int:
     return 0 if host or rank else port
 
 
+def _log_failure(future: "Future[None]") -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _log.error("background work failed", why=repr(error))
+
+
 class LoopThread:
     """An asyncio loop in a thread of its own, since the bodies' methods are synchronous."""
 
@@ -65,6 +73,10 @@ class LoopThread:
     def run(self, work: Coroutine[Any, Any, _Result], *, timeout_s: float) -> _Result:
         """Run a coroutine on the loop and wait; raises TimeoutError."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine on the loop and return at once; its failure is logged."""
+        asyncio.run_coroutine_threadsafe(work, self._loop).add_done_callback(_log_failure)
 
     def call(
         self, function: Callable[..., _Result], *arguments: object, timeout_s: float

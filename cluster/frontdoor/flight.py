@@ -14,7 +14,9 @@ from workers.errors import (
     UnavailableError,
 )
 from workers.placement import MemberId
-from workers.types import FinishReason, Request, TokenEvent
+from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
+
+_PLACES = 4  # remembered of each sequence; a holder keeps two
 
 
 class _Notice(Enum):
@@ -44,6 +46,7 @@ class Flight:
         self._at_gateway: set[int] = set()  # sequences that the gateway still holds
         self._session: GatewaySession | None = None
         self._refused_by: set[MemberId] = set()
+        self._places: dict[int, list[SnapshotPlace]] = {}  # by sequence, the newest last
         self._is_admitted = any(request.emitted)
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
@@ -83,6 +86,11 @@ class Flight:
         """The gateway does not take it."""
         self._notices.put_nowait((self.assignment, error))
 
+    def held(self, place: SnapshotPlace) -> None:
+        """A snapshot is whole: the newest is used that is not ahead of what the client has."""
+        known = self._places.setdefault(place.sequence_index, [])
+        self._places[place.sequence_index] = [*known, place][-_PLACES:]
+
     def lost(self) -> None:
         """The gateway can no longer be reached."""
         self._notices.put_nowait((self.assignment, _Notice.LOST))
@@ -93,7 +101,9 @@ class Flight:
 
     def _submit(self) -> None:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
-        self._session = self._pool.choose(self._refused_by)
+        places = self._usable_places()
+        holder = places[-1].holder if places else ""
+        self._session = self._pool.choose(self._refused_by, holder)
         if self._session is None:
             return
         self.assignment += 1
@@ -102,8 +112,19 @@ class Flight:
             self._request,
             assignment=self.assignment,
             emitted=tuple(map(tuple, self._emitted)) if any(self._emitted) else (),
+            snapshots=places,
         )
         self._session.submit(request, self)
+
+    def _usable_places(self) -> tuple[SnapshotPlace, ...]:
+        """Return where the newest snapshot of each running sequence is that it may go on from."""
+        num_prompt = len(self._request.prompt_token_ids)
+        found = []
+        for index in sorted(self._running):
+            num_tokens = num_prompt + len(self._emitted[index])
+            fitting = [p for p in self._places.get(index, ()) if p.position < num_tokens]
+            found += fitting[-1:]
+        return tuple(found)
 
     async def _hear(self) -> list[TokenEvent]:
         """Wait for a notice and act on it; return what it brings for the client."""
@@ -163,7 +184,12 @@ class Flight:
         num_known = len(emitted) - event.first_token_index
         if event.finish is FinishReason.ERROR:
             raise ExpertmeshError(f"the gateway failed at the request: {event.error}")
-        if num_known < 0 or event.finish is FinishReason.CANCELLED:  # not what was asked for
+        if event.finish is FinishReason.MOVED:
+            assert self._session is not None
+            self._is_admitted = True
+            self._refused_by.add(self._session.member.id)
+        unasked = {FinishReason.CANCELLED, FinishReason.MOVED}
+        if num_known < 0 or event.finish in unasked:
             self._leave()
             return []
         fresh = replace(

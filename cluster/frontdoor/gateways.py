@@ -13,7 +13,7 @@ from cluster.frontdoor.options import FrontDoorOptions
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from workers.errors import ExpertmeshError
 from workers.placement import Member, MemberId, MemberState, Role, View
-from workers.types import GatewayStats, Request, TokenEvent
+from workers.types import GatewayStats, Request, SnapshotPlace, TokenEvent
 
 _log = structlog.get_logger()
 
@@ -67,6 +67,10 @@ class Passenger(Protocol):
 
     def refused(self, error: ExpertmeshError) -> None:
         """The gateway does not take it."""
+        ...
+
+    def held(self, place: SnapshotPlace) -> None:
+        """A snapshot of it is whole somewhere."""
         ...
 
     def lost(self) -> None:
@@ -179,16 +183,26 @@ class GatewaySession:
                 self.stats = wire.stats_of(response.stats)
             case "events":
                 for message in response.events.events:
-                    seat = self._seats.get(message.request_id)
-                    if seat and seat.passenger.assignment == message.assignment:
-                        seat.passenger.deliver(wire.event_of(message))
+                    if passenger := self._passenger(message.request_id, message.assignment):
+                        passenger.deliver(wire.event_of(message))
             case "refusal":
-                seat = self._seats.get(response.refusal.request_id)
-                if seat and seat.passenger.assignment == response.refusal.assignment:
-                    del self._seats[response.refusal.request_id]
-                    seat.passenger.refused(wire.error_of(response.refusal))
+                self._refused(response.refusal)
+            case "snapshot":
+                report = response.snapshot
+                if passenger := self._passenger(report.request_id, report.assignment):
+                    passenger.held(wire.place_of(report.place))
             case None:
                 pass  # a kind of report that this version does not know
+
+    def _refused(self, refusal: gateway_pb2.Refusal) -> None:
+        if passenger := self._passenger(refusal.request_id, refusal.assignment):
+            del self._seats[refusal.request_id]
+            passenger.refused(wire.error_of(refusal))
+
+    def _passenger(self, request_id: str, assignment: int) -> Passenger | None:
+        """Return the request that a report is for, unless it is another owner's by now."""
+        seat = self._seats.get(request_id)
+        return seat.passenger if seat and seat.passenger.assignment == assignment else None
 
     def _disconnected(self, reason: str) -> None:
         if self.is_connected and reason:
@@ -226,8 +240,17 @@ class GatewayPool:
                 self._sessions[member_id] = GatewaySession(member, self.options, self._note)
         self._note()
 
-    def choose(self, excluding: Collection[MemberId] = ()) -> GatewaySession | None:
-        """Return the session of the gateway that a request should go to, if there is one."""
+    def choose(
+        self, excluding: Collection[MemberId] = (), holder: str = ""
+    ) -> GatewaySession | None:
+        """Return the session of the gateway that a request should go to, if there is one.
+
+        That is `holder`, NAME.INCARNATION of who has its snapshots, if it takes work.
+        """
+        for session in self._sessions.values():
+            is_holder = str(session.member.id) == holder
+            if is_holder and session.takes_work and session.member.id not in excluding:
+                return session
         loads = [session.load for session in self._sessions.values() if session.takes_work]
         chosen = choose_gateway(loads, excluding)
         return None if chosen is None else self._sessions[chosen]

@@ -6,7 +6,9 @@ halves, until what fails is alone: those sequences end with an error, the others
 """
 
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -18,14 +20,18 @@ from workers.errors import (
     InvalidRequestError,
     OverloadedError,
 )
+from workers.gateway.capture import CaptureBook
 from workers.gateway.lockstep import Leader
 from workers.gateway.scheduler import Scheduler, SchedulerOptions, Work
 from workers.gateway.sequence import Phase, Sequence
+from workers.gateway.snapshot import Ended, Holder, Snapshot
+from workers.gateway.survival import Survival
 from workers.model.batch import StepBatch
 from workers.model.sampler import Choice, SamplerState, sample, score
 from workers.types import FinishReason, GatewayStats, Request, TokenEvent, TokenLogprob
 
 RETRY_AFTER_S = 1.0  # what a client is told when the queue is full
+NO_SNAPSHOTS: Mapping[int, Snapshot] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +75,22 @@ class GatewayEngine:
     What is cancelled meanwhile frees its blocks when that step ends.
     """
 
-    def __init__(self, options: EngineOptions, leader: Leader, clock: Clock) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        leader: Leader,
+        clock: Clock,
+        *,
+        book: CaptureBook | None = None,
+        on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
+    ) -> None:
         self._options = options
         self._leader = leader
         self._clock = clock
         self._lock = threading.Lock()  # over all below; never held during a forward
-        self._scheduler = Scheduler(options.scheduler)
+        self._book = book or CaptureBook(0)
+        self._survival = Survival(self._book, leader.enqueue, on_end)
+        self._scheduler = Scheduler(options.scheduler, self._survival.restore)
         self._requests: dict[str, list[Sequence]] = {}  # with unfinished sequences
         self._samplers: dict[Sequence, SamplerState] = {}
         self._over: list[Sequence] = []  # resumed with all their tokens there already
@@ -87,8 +103,10 @@ class GatewayEngine:
         """Whether a step would do anything."""
         return bool(self._requests or self._aborted)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, snapshots: Mapping[int, Snapshot] = NO_SNAPSHOTS) -> None:
         """Queue a request; its events come out of later steps.
+
+        Sequences with a snapshot, which the caller has checked, go on from there.
 
         Raises:
             InvalidRequestError: The request breaks a limit of the model or of this gateway.
@@ -115,6 +133,7 @@ class GatewayEngine:
             self._num_submitted += len(sequences)
             self._requests[request.request_id] = sequences
             for sequence in sequences:
+                self._survival.begin(sequence, snapshots.get(sequence.index))
                 if sequence.finish is not None:
                     self._over.append(sequence)
                 else:
@@ -128,6 +147,14 @@ class GatewayEngine:
         """
         with self._lock:
             self._aborted.update(self._requests.pop(request_id, ()))
+
+    def leave(self) -> None:
+        """Let sequences go on elsewhere, each as soon as a snapshot of it is held there.
+
+        Their last event here is `MOVED`. What nobody can hold is finished here.
+        """
+        with self._lock:
+            self._survival.leave()
 
     def step(self) -> list[TokenEvent]:
         """Run one step and return what it brought, in order for each sequence.
@@ -152,6 +179,9 @@ class GatewayEngine:
                     if sequence not in self._aborted
                 ]
                 events += self._reap()
+        with self._lock:
+            movable = self._survival.movable(self._requests)
+            events += [self._end(sequence, FinishReason.MOVED) for sequence in movable]
         self._counters.steps += 1
         self._counters.step_s += self._clock.now_s() - started_s
         return events
@@ -160,6 +190,7 @@ class GatewayEngine:
         """Return load and counters of this engine; the dispatcher's counters are not in it."""
         with self._lock:
             scheduler, counters = self._scheduler, self._counters
+            survival = self._survival
             return GatewayStats(
                 running=scheduler.num_running,
                 waiting=scheduler.num_waiting,
@@ -172,6 +203,13 @@ class GatewayEngine:
                 tokens_prefilled=counters.tokens_prefilled,
                 preemptions=scheduler.num_preemptions,
                 step_s=counters.step_s,
+                snapshots_stored=self._book.num_stored,
+                snapshots_skipped=self._book.num_skipped,
+                restores=survival.restores,
+                recomputes=survival.recomputes,
+                replayed_tokens=survival.replayed_tokens,
+                recomputed_tokens=survival.recomputed_tokens,
+                moved=survival.moved,
             )
 
     def _compute(self, work: list[Work], *, retries: int) -> _Computed:
@@ -238,6 +276,8 @@ class GatewayEngine:
         if sequence.phase is Phase.PREFILLING:
             self._counters.tokens_prefilled += len(work.segment.token_ids)
         reason = sequence.commit(work.segment, result.scores, choice.token_id if choice else None)
+        if reason is None and sequence not in self._aborted:
+            self._survival.advance(sequence)
         if choice is None:
             return None
         self._counters.tokens_generated += 1
@@ -287,6 +327,7 @@ class GatewayEngine:
         """Free what a sequence holds, and its request's id with the last one."""
         if sequence.finish is None:
             self._scheduler.finish(sequence, reason)
+        self._survival.end(sequence, reason)
         self._samplers.pop(sequence, None)
         request_id = sequence.request.request_id
         siblings = self._requests.get(request_id, [])

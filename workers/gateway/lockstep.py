@@ -20,6 +20,7 @@ from workers.errors import GatewayFailedError
 from workers.model.batch import StepBatch
 
 Forward = Callable[[StepBatch], Tensor]
+Take = Callable[[Any], None]  # what operations on this rank's cache have returned
 
 
 class StagedStates(Protocol):
@@ -37,8 +38,11 @@ class StagedStates(Protocol):
 class CacheOperation(Protocol):
     """Something that every rank does to its own cache between two steps; sent as it is."""
 
-    def apply(self, cache: Any, /) -> None:  # noqa: ANN401 - a `SequenceCache`, or a fake
-        """Do it. What it raises ends the gateway: its ranks would no longer be alike."""
+    def apply(self, cache: Any, /) -> object:  # noqa: ANN401 - a `SequenceCache`, or a fake
+        """Do it; what it returns is the rank's to take.
+
+        What it raises ends the gateway: its ranks would no longer be alike.
+        """
         ...
 
 
@@ -70,6 +74,10 @@ class KeyStore(Protocol):
     def wait(self, keys: list[str], timeout: timedelta, /) -> None:
         """Return when all keys are there; RuntimeError at the deadline."""
         ...
+
+
+def drop(_result: object) -> None:
+    """Take nothing of what operations return."""
 
 
 class LoneVote:
@@ -123,12 +131,18 @@ class Leader:
     """Rank 0's side. Each `compute` that returns is followed by `commit` or `discard`."""
 
     def __init__(
-        self, group: Group, forward: Forward, cache: StagedStates, vote: FailureVote
+        self,
+        group: Group,
+        forward: Forward,
+        cache: StagedStates,
+        vote: FailureVote,
+        take: Take = drop,
     ) -> None:
         self._group = group
         self._forward = forward
         self._cache = cache
         self._vote = vote
+        self._take = take
         self._number = 0
         self._outcome = Outcome.NOTHING
         self._operations: list[CacheOperation] = []
@@ -187,19 +201,25 @@ class Leader:
                 self._group.broadcast_bytes(pickle.dumps(message))
             except RuntimeError as error:
                 raise GatewayFailedError(f"a rank of this gateway is gone: {error}") from error
-        _apply(operations, self._cache)
+        _apply(operations, self._cache, self._take)
 
 
 class Follower:
     """The side of ranks 1 and up."""
 
     def __init__(
-        self, group: Group, forward: Forward, cache: StagedStates, vote: FailureVote
+        self,
+        group: Group,
+        forward: Forward,
+        cache: StagedStates,
+        vote: FailureVote,
+        take: Take = drop,
     ) -> None:
         self._group = group
         self._forward = forward
         self._cache = cache
         self._vote = vote
+        self._take = take
 
     def follow(self) -> bool:
         """Take part in one step of rank 0's; return whether there is another.
@@ -216,7 +236,7 @@ class Follower:
             self._cache.commit()
         elif message.outcome is Outcome.DISCARD:
             self._cache.discard()
-        _apply(message.operations, self._cache)
+        _apply(message.operations, self._cache, self._take)
         if message.batch.segments:
             self._compute(message)
         return not message.is_last
@@ -229,9 +249,11 @@ class Follower:
                 raise GatewayFailedError(f"a step failed on some ranks only: {error!r}") from error
 
 
-def _apply(operations: tuple[CacheOperation, ...], cache: StagedStates) -> None:
+def _apply(operations: tuple[CacheOperation, ...], cache: StagedStates, take: Take) -> None:
     for operation in operations:
         try:
-            operation.apply(cache)
+            result = operation.apply(cache)
+            if result is not None:
+                take(result)
         except Exception as error:
             raise GatewayFailedError(f"{type(operation).__name__} failed: {error!r}") from error

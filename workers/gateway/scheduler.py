@@ -11,7 +11,7 @@ always advances, and since a request that does not fit alone is refused, all fin
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from workers.errors import FieldViolation, InvalidRequestError
@@ -52,10 +52,17 @@ class Work:
 
 
 class Scheduler:
-    """Owns which sequences wait and run, and the blocks that they hold."""
+    """Owns which sequences wait and run, and the blocks that they hold.
 
-    def __init__(self, options: SchedulerOptions) -> None:
+    `restore` is asked about each sequence that has just been given its blocks: how many of its
+    tokens are in them before its next step, out of a snapshot.
+    """
+
+    def __init__(
+        self, options: SchedulerOptions, restore: Callable[[Sequence], int] = lambda _: 0
+    ) -> None:
         self._options = options
+        self._restore = restore
         self.kv = BlockPool(options.num_kv_blocks)
         self.states = StateBlocks(options.max_sequences)
         self.num_preemptions = 0
@@ -198,6 +205,7 @@ class Scheduler:
         sequence.state_block = self.states.take()
         needed = blocks_for(len(sequence.tokens), self._options.block_tokens)
         sequence.kv_blocks = self.kv.take(needed)
+        sequence.computed = self._restore(sequence)
         insort(self._running, sequence, key=_age)
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -5,7 +5,7 @@ The ranks are brought up in steps, each on all of them: `open`, `join` (together
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,13 +19,18 @@ from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.options import MessageShape
 from workers.dispatch.tally import LoadReport
 from workers.errors import DeadlineError, DrainingError
+from workers.gateway.capture import CaptureBook
 from workers.gateway.clients import Clients, Sink
-from workers.gateway.engine import EngineOptions, GatewayEngine
-from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, StoreVote
+from workers.gateway.engine import NO_SNAPSHOTS, EngineOptions, GatewayEngine
+from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, StoreVote, Take, drop
 from workers.gateway.options import GatewayOptions, MemoryReport
+from workers.gateway.outbox import Outbox, Push
 from workers.gateway.rank import RankModel, load_rank
+from workers.gateway.snapshot import Ended, Holder, Snapshot, Stamp, Verdict, snapshot_interval
 from workers.mesh import Rendezvous, TensorParallelGroup
+from workers.model.cache import state_bytes_per_sequence
 from workers.model.config import ModelConfig
+from workers.model.shards import are_whole
 from workers.placement import MemberId, View
 from workers.types import GatewayStats, Request
 
@@ -46,15 +51,26 @@ class GatewaySpec:
     options: GatewayOptions
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How a rank reaches the gateway that keeps its snapshots; both calls return at once."""
+
+    push: Push
+    release: Callable[[Ended, Holder], None] = lambda _ended, _holder: None
+
+
 class GatewayWorker:
     """One rank of one gateway.
 
-    `submit`, `abort`, `drain` and `turn` are rank 0's. All calls but `turn` may come from
-    any thread once `start` has returned.
+    `submit`, `abort`, `drain`, `turn` and what concerns snapshots are rank 0's. All calls but
+    `turn` may come from any thread once `start` has returned.
     """
 
-    def __init__(self, spec: GatewaySpec, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, spec: GatewaySpec, *, clock: Clock | None = None, keeping: Keeping | None = None
+    ) -> None:
         self._spec = spec
+        self._keeping = keeping
         self._options = spec.options
         self._clock = clock or SystemClock()
         self._config = ModelConfig.load(Path(spec.model_dir))
@@ -68,6 +84,8 @@ class GatewayWorker:
         self._follower: Follower | None = None
         self._thread: threading.Thread | None = None
         self._clients = Clients()
+        self._book = CaptureBook(self._interval() if keeping else 0)
+        self._outbox: Outbox | None = None
         self._changed = threading.Condition()  # over the three below; also tells of new work
         self._draining = False
         self._closing = False
@@ -145,11 +163,16 @@ class GatewayWorker:
         if self._spec.size > 1:
             assert self._store is not None
             vote = StoreVote(self._store, self._spec.rank, self._spec.size, VOTE_S)
+        take: Take = drop
+        if self._keeping is not None:
+            spec = self._spec
+            self._outbox = Outbox(str(spec.member), spec.rank, spec.size, self._keeping.push)
+            take = self._outbox.take
         if self._spec.rank == 0:
-            self._leader = Leader(self._group, model.forward, model.cache, vote)
-            self._engine = GatewayEngine(self._engine_options(), self._leader, self._clock)
+            self._leader = Leader(self._group, model.forward, model.cache, vote, take)
+            self._engine = self._make_engine(self._leader)
         else:
-            self._follower = Follower(self._group, model.forward, model.cache, vote)
+            self._follower = Follower(self._group, model.forward, model.cache, vote, take)
         self._model = model
         return model.memory
 
@@ -166,10 +189,13 @@ class GatewayWorker:
         )
         self._thread.start()
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(
+        self, request: Request, sink: Sink, snapshots: Mapping[int, Snapshot] = NO_SNAPSHOTS
+    ) -> None:
         """Take a request; its events go to `sink` in the engine's thread, which it must not hold.
 
-        A sink that raises has lost its client: the request is aborted.
+        A sink that raises has lost its client: the request is aborted. A sequence goes on from its
+        snapshot, if that is one of its tokens.
 
         Raises:
             InvalidRequestError: The request breaks a limit of the model or of this gateway.
@@ -183,11 +209,22 @@ class GatewayWorker:
                 raise DrainingError(self._failure or "this gateway takes no new requests")
             self._clients.add(request, sink)  # before the engine can bring an event
             try:
-                self._engine.submit(request)
+                self._engine.submit(request, self._usable(request, snapshots))
             except Exception:
                 self._clients.drop(request.request_id)
                 raise
             self._changed.notify_all()
+
+    def keep_with(self, holder: Holder | None, weights_version: str) -> None:
+        """Hear which gateway keeps the snapshots from now on, if there is any."""
+        self._book.send_to(holder, weights_version)
+
+    def stored(self, stamp: Stamp, holder: Holder, verdict: Verdict) -> None:
+        """Hear what became of rank 0's shard of a snapshot, and with it of the snapshot."""
+        if verdict is Verdict.COMPLETE:
+            self._book.stored(stamp, holder)
+        else:
+            self._book.failed(stamp, holder, has_base=verdict is not Verdict.NO_BASE)
 
     def abort(self, request_id: str) -> None:
         """Free a request within one step; no event of it comes after this. Unknown ids are fine."""
@@ -234,13 +271,16 @@ class GatewayWorker:
     def drain(self, deadline_s: float) -> bool:
         """Refuse new requests and wait for the running ones; return whether all have ended.
 
-        Ranks that follow wait for the leader's last step, which it takes when it closes.
+        Those of which another gateway holds a snapshot are told to go on there. Ranks that follow
+        wait for the leader's last step, which it takes when it closes.
         """
         if self._spec.rank and self._thread is not None:
             self._thread.join(deadline_s)
             return not self._thread.is_alive()
         with self._changed:
             self._draining = True
+            if self._engine is not None:
+                self._engine.leave()
             self._changed.wait_for(self._is_drained, deadline_s)
             return not self._clients
 
@@ -251,12 +291,45 @@ class GatewayWorker:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
+        if self._outbox is not None:
+            self._outbox.close(CLOSE_S)
         self._clients.clear()  # a step that is cut off below is no news to them
         if self._group is not None:
             self._group.close()
         if self._links is not None:
             self._links.close()
         self._store = None
+
+    def _interval(self) -> int:
+        options = self._options
+        return snapshot_interval(
+            options.snapshot_tokens,
+            state_bytes_per_sequence(self._config, self._spec.size, options.compute_dtype),
+            options.snapshot_token_bytes,
+        )
+
+    def _usable(
+        self, request: Request, snapshots: Mapping[int, Snapshot]
+    ) -> Mapping[int, Snapshot]:
+        """Return those snapshots that are of this model and of the request's tokens."""
+        emitted = request.emitted or ((),) * request.num_sequences
+        return {
+            index: snapshot
+            for index, snapshot in snapshots.items()
+            if index < len(emitted)
+            and snapshot.fits(
+                (*request.prompt_token_ids, *emitted[index]), self._book.weights_version
+            )
+            and are_whole(snapshot.shards, self._config)
+        }
+
+    def _make_engine(self, leader: Leader) -> GatewayEngine:
+        options = self._engine_options()
+        if self._keeping is None:
+            return GatewayEngine(options, leader, self._clock)
+        return GatewayEngine(
+            options, leader, self._clock, book=self._book, on_end=self._keeping.release
+        )
 
     def _engine_options(self) -> EngineOptions:
         return EngineOptions(

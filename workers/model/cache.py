@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from workers.model.config import LayerType, ModelConfig
+from workers.model.packed import PackedShard
+from workers.model.shards import SequenceShard, ShardShapes, cut, join, unpack
 
 
 def kv_heads_per_rank(config: ModelConfig, tp_size: int) -> int:
@@ -95,6 +97,8 @@ class SequenceCache:
         device: torch.device | None = None,
     ) -> None:
         self.rank = rank
+        self.tp_size = tp_size
+        self._config = config
         self.block_tokens = block_tokens
         self.conv_window = config.linear_conv_kernel - 1
         num_full = config.layer_types.count(LayerType.FULL)
@@ -162,6 +166,50 @@ class SequenceCache:
             self._states.matrix.index_copy_(1, index_S, states.matrix)
         self._resident.clear()
         self._spare.clear()
+
+    def copy_aside(
+        self, state_block: int, kv_blocks: Sequence[int], start: int, position: int
+    ) -> SequenceShard:
+        """Copy a sequence's committed states, and its KV rows from `start` on, to host memory."""
+        heads = ShardShapes(self._config, self.rank, self.tp_size).num_sent_kv_heads
+        block_N, offset_N = self._places(kv_blocks, start, position)
+        kv = self._kv[:, block_N, offset_N, :, :heads].transpose(0, 1)
+        states = self._committed(state_block)
+        host = torch.device("cpu")
+        return SequenceShard(
+            kv.to(host).contiguous(),
+            states.conv.to(host, copy=True).contiguous(),
+            states.matrix.to(host, copy=True).contiguous(),
+        )
+
+    def restore(
+        self, state_block: int, kv_blocks: Sequence[int], shards: Sequence[PackedShard]
+    ) -> None:
+        """Write what the ranks of some gateway copied aside, all rows from 0 on, into a sequence.
+
+        Raises SnapshotError when it is not of this model.
+        """
+        whole = join([unpack(shard, self._config) for shard in shards], self._config)
+        mine = cut(whole, self._config, rank=self.rank, size=self.tp_size)
+        self.settle()
+        block_N, offset_N = self._places(kv_blocks, 0, whole.kv.shape[0])
+        self._kv[:, block_N, offset_N] = mine.kv.transpose(0, 1).to(self._kv)
+        self._states.conv[:, state_block] = mine.conv.to(self._states.conv)
+        self._states.matrix[:, state_block] = mine.matrix.to(self._states.matrix)
+
+    def _places(self, kv_blocks: Sequence[int], start: int, position: int) -> tuple[Tensor, Tensor]:
+        """Return the blocks of some positions, and the places in them."""
+        position_N = torch.arange(start, position, device=self._kv.device)
+        block_N = self._index(tuple(kv_blocks))[position_N // self.block_tokens]
+        return block_N, position_N % self.block_tokens
+
+    def _committed(self, state_block: int) -> States:
+        """Return the newest committed states of one sequence, wherever they lie: a view."""
+        for blocks, states in self._resident.items():
+            if state_block in blocks:
+                index = blocks.index(state_block)
+                return States(states.conv[:, index], states.matrix[:, index])
+        return States(self._states.conv[:, state_block], self._states.matrix[:, state_block])
 
     def _gather(self, blocks: tuple[int, ...], fresh: Sequence[int]) -> States:
         index_S = self._index(blocks)

@@ -685,6 +685,15 @@ class GatewayStats(_message.Message):
     ROWS_BY_WORKER_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     RECOVERY_S_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_STORED_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_SKIPPED_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_BYTES_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_EVICTED_FIELD_NUMBER: _builtins.int
+    RESTORES_FIELD_NUMBER: _builtins.int
+    RECOMPUTES_FIELD_NUMBER: _builtins.int
+    REPLAYED_TOKENS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_blocks_used: _builtins.int
@@ -701,6 +710,21 @@ class GatewayStats(_message.Message):
     dispatch_wait_s: _builtins.float
     step_s: _builtins.float
     recovery_s: _builtins.float
+    snapshots_stored: _builtins.int
+    """Snapshots of its own sequences that another gateway holds, and those that were not taken in time."""
+    snapshots_skipped: _builtins.int
+    snapshot_bytes: _builtins.int
+    """Snapshots of others' sequences that it holds, and those that had to make room."""
+    snapshots_evicted: _builtins.int
+    restores: _builtins.int
+    """Sequences that went on here from a snapshot, or from the prompt, and the known tokens that were
+    computed again for them.
+    """
+    recomputes: _builtins.int
+    replayed_tokens: _builtins.int
+    recomputed_tokens: _builtins.int
+    moved: _builtins.int
+    """Sequences that went on elsewhere while it drained."""
     @_builtins.property
     def rows_by_worker(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Expert worker to the rows that were sent to it."""
@@ -732,10 +756,19 @@ class GatewayStats(_message.Message):
         rows_by_worker: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         recoveries: _abc.Iterable[_builtins.int] | None = ...,
         recovery_s: _builtins.float = ...,
+        snapshots_stored: _builtins.int = ...,
+        snapshots_skipped: _builtins.int = ...,
+        snapshot_bytes: _builtins.int = ...,
+        snapshots_evicted: _builtins.int = ...,
+        restores: _builtins.int = ...,
+        recomputes: _builtins.int = ...,
+        replayed_tokens: _builtins.int = ...,
+        recomputed_tokens: _builtins.int = ...,
+        moved: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "parked_s", b"parked_s", "preemptions", b"preemptions", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "resends", b"resends", "rows_by_worker", b"rows_by_worker", "running", b"running", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "moved", b"moved", "parked_s", b"parked_s", "preemptions", b"preemptions", "recomputed_tokens", b"recomputed_tokens", "recomputes", b"recomputes", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "replayed_tokens", b"replayed_tokens", "resends", b"resends", "restores", b"restores", "rows_by_worker", b"rows_by_worker", "running", b"running", "snapshot_bytes", b"snapshot_bytes", "snapshots_evicted", b"snapshots_evicted", "snapshots_skipped", b"snapshots_skipped", "snapshots_stored", b"snapshots_stored", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

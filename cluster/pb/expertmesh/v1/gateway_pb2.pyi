@@ -21,6 +21,35 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SnapshotVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SnapshotVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SnapshotVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SNAPSHOT_VERDICT_UNSPECIFIED: _SnapshotVerdict.ValueType  # 0
+    SNAPSHOT_VERDICT_STORED: _SnapshotVerdict.ValueType  # 1
+    """The parts of other ranks are missing."""
+    SNAPSHOT_VERDICT_COMPLETE: _SnapshotVerdict.ValueType  # 2
+    SNAPSHOT_VERDICT_NO_BASE: _SnapshotVerdict.ValueType  # 3
+    """The rows before the first one are not there."""
+    SNAPSHOT_VERDICT_STALE: _SnapshotVerdict.ValueType  # 4
+    """A newer assignment is known."""
+    SNAPSHOT_VERDICT_REFUSED: _SnapshotVerdict.ValueType  # 5
+
+class SnapshotVerdict(_SnapshotVerdict, metaclass=_SnapshotVerdictEnumTypeWrapper): ...
+
+SNAPSHOT_VERDICT_UNSPECIFIED: SnapshotVerdict.ValueType  # 0
+SNAPSHOT_VERDICT_STORED: SnapshotVerdict.ValueType  # 1
+"""The parts of other ranks are missing."""
+SNAPSHOT_VERDICT_COMPLETE: SnapshotVerdict.ValueType  # 2
+SNAPSHOT_VERDICT_NO_BASE: SnapshotVerdict.ValueType  # 3
+"""The rows before the first one are not there."""
+SNAPSHOT_VERDICT_STALE: SnapshotVerdict.ValueType  # 4
+"""A newer assignment is known."""
+SNAPSHOT_VERDICT_REFUSED: SnapshotVerdict.ValueType  # 5
+Global___SnapshotVerdict: _TypeAlias = SnapshotVerdict  # noqa: Y015
+
 class _EventFinish:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -32,6 +61,8 @@ class _EventFinishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventFini
     EVENT_FINISH_LENGTH: _EventFinish.ValueType  # 2
     EVENT_FINISH_CANCELLED: _EventFinish.ValueType  # 3
     EVENT_FINISH_ERROR: _EventFinish.ValueType  # 4
+    EVENT_FINISH_MOVED: _EventFinish.ValueType  # 5
+    """The gateway leaves; the sequence goes on elsewhere."""
 
 class EventFinish(_EventFinish, metaclass=_EventFinishEnumTypeWrapper): ...
 
@@ -40,6 +71,8 @@ EVENT_FINISH_STOP: EventFinish.ValueType  # 1
 EVENT_FINISH_LENGTH: EventFinish.ValueType  # 2
 EVENT_FINISH_CANCELLED: EventFinish.ValueType  # 3
 EVENT_FINISH_ERROR: EventFinish.ValueType  # 4
+EVENT_FINISH_MOVED: EventFinish.ValueType  # 5
+"""The gateway leaves; the sequence goes on elsewhere."""
 Global___EventFinish: _TypeAlias = EventFinish  # noqa: Y015
 
 class _RefusalReason:
@@ -62,6 +95,211 @@ REFUSAL_REASON_DUPLICATE: RefusalReason.ValueType  # 2
 REFUSAL_REASON_OVERLOADED: RefusalReason.ValueType  # 3
 REFUSAL_REASON_DRAINING: RefusalReason.ValueType  # 4
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
+
+@_typing.final
+class PushRequest(_message.Message):
+    """The first message has the head; keys and values, then states, follow in pieces."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    wait_s: _builtins.float
+    """Whoever pushed it, answer when the parts of all ranks are there, or after this time."""
+    @_builtins.property
+    def head(self) -> Global___ShardHead: ...
+    def __init__(
+        self,
+        *,
+        head: Global___ShardHead | None = ...,
+        data: _builtins.bytes = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "head", b"head", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushRequest: _TypeAlias = PushRequest  # noqa: Y015
+
+@_typing.final
+class PushResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    verdict: Global___SnapshotVerdict.ValueType
+    def __init__(
+        self,
+        *,
+        verdict: Global___SnapshotVerdict.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushResponse: _TypeAlias = PushResponse  # noqa: Y015
+
+@_typing.final
+class FetchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_INDEX_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    sequence_index: _builtins.int
+    num_tokens: _builtins.int
+    """How many tokens are known; a snapshot must hold fewer."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        sequence_index: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "request_id", b"request_id", "sequence_index", b"sequence_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class FetchResponse(_message.Message):
+    """As in PushRequest; a head begins the next part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    @_builtins.property
+    def head(self) -> Global___ShardHead: ...
+    def __init__(
+        self,
+        *,
+        head: Global___ShardHead | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "head", b"head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_INDEX_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    HAS_ENDED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    sequence_index: _builtins.int
+    assignment: _builtins.int
+    has_ended: _builtins.bool
+    """Whether nobody will ask for it; otherwise it may go on at another gateway."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        sequence_index: _builtins.int = ...,
+        assignment: _builtins.int = ...,
+        has_ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "has_ended", b"has_ended", "request_id", b"request_id", "sequence_index", b"sequence_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
+class ShardHead(_message.Message):
+    """What one rank's part of a snapshot is of: rank `rank` of `size`, rows from `start` to `position`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_INDEX_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    request_id: _builtins.str
+    sequence_index: _builtins.int
+    assignment: _builtins.int
+    position: _builtins.int
+    weights_version: _builtins.str
+    tokens: _builtins.bytes
+    """Hash of the tokens up to the position."""
+    rank: _builtins.int
+    size: _builtins.int
+    start: _builtins.int
+    dtype: _builtins.str
+    kv_bytes: _builtins.int
+    state_bytes: _builtins.int
+    digest: _builtins.bytes
+    """Hash of everything that one rank sends."""
+    def __init__(
+        self,
+        *,
+        owner: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        sequence_index: _builtins.int = ...,
+        assignment: _builtins.int = ...,
+        position: _builtins.int = ...,
+        weights_version: _builtins.str = ...,
+        tokens: _builtins.bytes = ...,
+        rank: _builtins.int = ...,
+        size: _builtins.int = ...,
+        start: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        kv_bytes: _builtins.int = ...,
+        state_bytes: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "digest", b"digest", "dtype", b"dtype", "kv_bytes", b"kv_bytes", "owner", b"owner", "position", b"position", "rank", b"rank", "request_id", b"request_id", "sequence_index", b"sequence_index", "size", b"size", "start", b"start", "state_bytes", b"state_bytes", "tokens", b"tokens", "weights_version", b"weights_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardHead: _TypeAlias = ShardHead  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
@@ -130,6 +368,7 @@ class Submit(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     EMITTED_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
     @_builtins.property
@@ -146,6 +385,10 @@ class Submit(_message.Message):
     def emitted(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenIds]:
         """Per sequence, what the client already has."""
 
+    @_builtins.property
+    def snapshots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotPlace]:
+        """What need not be computed again."""
+
     def __init__(
         self,
         *,
@@ -157,14 +400,42 @@ class Submit(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         output: _inference_pb2.Output | None = ...,
         emitted: _abc.Iterable[_inference_pb2.TokenIds] | None = ...,
+        snapshots: _abc.Iterable[Global___SnapshotPlace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class SnapshotPlace(_message.Message):
+    """A whole snapshot of one sequence; `holder` is NAME.INCARNATION of a gateway."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_INDEX_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    sequence_index: _builtins.int
+    position: _builtins.int
+    holder: _builtins.str
+    def __init__(
+        self,
+        *,
+        sequence_index: _builtins.int = ...,
+        position: _builtins.int = ...,
+        holder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "position", b"position", "sequence_index", b"sequence_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotPlace: _TypeAlias = SnapshotPlace  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
@@ -195,6 +466,7 @@ class SessionResponse(_message.Message):
     STATS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stats(self) -> _cluster_pb2.GatewayStats:
         """First when the session opens, then now and then."""
@@ -203,22 +475,53 @@ class SessionResponse(_message.Message):
     def events(self) -> Global___TokenEvents: ...
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
+    @_builtins.property
+    def snapshot(self) -> Global___SnapshotReport: ...
     def __init__(
         self,
         *,
         stats: _cluster_pb2.GatewayStats | None = ...,
         events: Global___TokenEvents | None = ...,
         refusal: Global___Refusal | None = ...,
+        snapshot: Global___SnapshotReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "refusal", b"refusal", "report", b"report", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "refusal", b"refusal", "report", b"report", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["stats", "events", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["stats", "events", "refusal", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class SnapshotReport(_message.Message):
+    """Another gateway holds a whole snapshot now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    assignment: _builtins.int
+    @_builtins.property
+    def place(self) -> Global___SnapshotPlace: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        assignment: _builtins.int = ...,
+        place: Global___SnapshotPlace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "place", b"place", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotReport: _TypeAlias = SnapshotReport  # noqa: Y015
 
 @_typing.final
 class TokenEvents(_message.Message):

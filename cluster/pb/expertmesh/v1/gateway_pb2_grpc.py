@@ -99,3 +99,167 @@ class GatewayService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class SnapshotServiceStub(object):
+    """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Push = channel.stream_unary(
+                '/expertmesh.v1.SnapshotService/Push',
+                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.PushRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.PushResponse.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/expertmesh.v1.SnapshotService/Fetch',
+                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/expertmesh.v1.SnapshotService/Release',
+                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+
+
+class SnapshotServiceServicer(object):
+    """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences.
+    """
+
+    def Push(self, request_iterator, context):
+        """One rank's part of a snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """The newest whole snapshot of a sequence, one rank's part after the other; none is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """A sequence has left its gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SnapshotServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Push': grpc.stream_unary_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.PushRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.PushResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'expertmesh.v1.SnapshotService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('expertmesh.v1.SnapshotService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class SnapshotService(object):
+    """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences.
+    """
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/expertmesh.v1.SnapshotService/Push',
+            expertmesh_dot_v1_dot_gateway__pb2.PushRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gateway__pb2.PushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.SnapshotService/Fetch',
+            expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.SnapshotService/Release',
+            expertmesh_dot_v1_dot_gateway__pb2.ReleaseRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gateway__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

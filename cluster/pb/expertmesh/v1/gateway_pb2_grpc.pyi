@@ -56,3 +56,58 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         """Commands go up, reports come down. When the stream breaks, its sequences are aborted."""
 
 def add_GatewayServiceServicer_to_server(servicer: GatewayServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class SnapshotServiceStub:
+    """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> SnapshotServiceAsyncStub: ...
+    Push: _grpc.StreamUnaryMultiCallable[_gateway_pb2.PushRequest, _gateway_pb2.PushResponse]
+    """One rank's part of a snapshot."""
+    Fetch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]
+    """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
+    Release: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]
+    """A sequence has left its gateway."""
+
+@_typing.type_check_only
+class SnapshotServiceAsyncStub(SnapshotServiceStub):
+    """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Push: _aio.StreamUnaryMultiCallable[_gateway_pb2.PushRequest, _gateway_pb2.PushResponse]  # type: ignore[assignment]
+    """One rank's part of a snapshot."""
+    Fetch: _aio.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]  # type: ignore[assignment]
+    """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
+    Release: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]  # type: ignore[assignment]
+    """A sequence has left its gateway."""
+
+class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
+    """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
+
+    @_abc_1.abstractmethod
+    def Push(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gateway_pb2.PushRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.PushResponse, _abc.Awaitable[_gateway_pb2.PushResponse]]:
+        """One rank's part of a snapshot."""
+
+    @_abc_1.abstractmethod
+    def Fetch(
+        self,
+        request: _gateway_pb2.FetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.FetchResponse], _abc.AsyncIterator[_gateway_pb2.FetchResponse]]:
+        """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
+
+    @_abc_1.abstractmethod
+    def Release(
+        self,
+        request: _gateway_pb2.ReleaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.ReleaseResponse, _abc.Awaitable[_gateway_pb2.ReleaseResponse]]:
+        """A sequence has left its gateway."""
+
+def add_SnapshotServiceServicer_to_server(servicer: SnapshotServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,84 @@
+"""A real cluster of two gateways, one of which dies or leaves while answers stream."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from cluster.pb.expertmesh.v1 import inference_pb2 as pb
+from tests.cluster.harness_serve import Served, served
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+INTERVAL = 16
+TOKENS = 500
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with served(
+        "--gateways", "2", "--expert-workers", "0",
+        "--set", f"gateways.snapshot_tokens={INTERVAL}",
+        "--set", "dispatch.bit_stable=true",
+    ) as running:  # fmt: skip
+        yield running
+
+
+def stream(cluster: Served, max_tokens: int, **sampling):
+    return cluster.inference.Generate(
+        pb.GenerateRequest(
+            text="In the beginning",
+            sampling=pb.Sampling(**sampling),
+            stopping=pb.Stopping(max_tokens=max_tokens, ignore_eos=True),
+        ),
+        timeout=120,
+    )
+
+
+def read(call, received: list[int], until: int) -> None:
+    """Read on until so many tokens are there; their indices have neither gap nor repeat."""
+    for response in call:
+        if response.token_ids:
+            assert response.first_token_index == len(received)
+            received += response.token_ids
+        if len(received) >= until:
+            return
+
+
+def metric(cluster: Served, member: dict, name: str) -> float:
+    """Return a metric of a gateway that serves."""
+    series = cluster.metrics(member)
+    return next(v for k, v in series.items() if k.startswith(f"expertmesh_gateway_{name}{{"))
+
+
+def gateways(cluster: Served) -> list[dict]:
+    """Return both gateways, once both serve."""
+    for _ in range(60):
+        members = [m for m in cluster.members("GATEWAY") if m["state"] == "MEMBER_STATE_ACTIVE"]
+        if len(members) == 2:
+            return members
+        time.sleep(0.5)
+    raise AssertionError(cluster.status())
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}])
+def test_a_killed_gateways_stream_goes_on_from_its_snapshot_with_the_same_tokens(
+    cluster: Served, sampling
+) -> None:
+    expected: list[int] = []
+    read(stream(cluster, TOKENS, **sampling), expected, TOKENS)
+    members = gateways(cluster)
+    call, received = stream(cluster, TOKENS, **sampling), []
+    read(call, received, 100)
+    victim, other = sorted(members, key=lambda m: -metric(cluster, m, "running_sequences"))
+    restores = metric(cluster, other, "restores_total")
+    replayed = metric(cluster, other, "replayed_tokens_total")
+    assert metric(cluster, victim, "running_sequences") == 1
+    os.kill(victim["pid"], signal.SIGKILL)
+    read(call, received, TOKENS)
+
+    assert received == expected
+    assert metric(cluster, other, "restores_total") - restores == 1
+    assert metric(cluster, other, "recomputes_total") == 0
+    assert 0 <= metric(cluster, other, "replayed_tokens_total") - replayed < 2 * INTERVAL

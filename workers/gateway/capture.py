@@ -1,0 +1,185 @@
+"""When a running sequence is captured, and what all ranks then do to their caches.
+
+A sequence has at most one capture under way, so a holder that is slow or gone costs snapshots and
+never a step. A capture begins where the newest snapshot ends that the holder is known to have.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from workers.gateway.sequence import Sequence
+from workers.gateway.snapshot import Holder, Stamp, digest_of
+from workers.model.packed import PackedShard
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What one rank copied aside, on its way to being packed and sent to the holder."""
+
+    stamp: Stamp
+    holder: Holder
+    start: int
+    shard: Any  # a `SequenceShard`, or a fake's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """Copies a sequence aside, in host memory: its states, and its KV rows from `start` on."""
+
+    stamp: Stamp
+    holder: Holder
+    start: int
+    state_block: int
+    kv_blocks: tuple[int, ...]
+
+    def apply(self, cache: Any) -> Captured:  # noqa: ANN401 - a `SequenceCache`, or a fake
+        """Copy; the rank hands the result on."""
+        shard = cache.copy_aside(self.state_block, self.kv_blocks, self.start, self.stamp.position)
+        return Captured(self.stamp, self.holder, self.start, shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """Writes a snapshot into the blocks of a sequence, before its first step."""
+
+    state_block: int
+    kv_blocks: tuple[int, ...]
+    shards: tuple[PackedShard, ...]
+
+    def apply(self, cache: Any) -> None:  # noqa: ANN401 - a `SequenceCache`, or a fake
+        """Write this rank's share."""
+        cache.restore(self.state_block, self.kv_blocks, self.shards)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What of a sequence the holder has, and the position that is on its way."""
+
+    position: int = 0
+    under_way: int | None = None
+    is_last: bool = False  # what is on its way, or came, was captured since `hurry`
+
+
+class CaptureBook:
+    """Says what is to be captured and hears what was stored. May be called from any thread.
+
+    Args:
+        interval_tokens: Tokens from one snapshot of a sequence to the next; 0 captures nothing.
+        max_under_way: Captures on their way at once; more are skipped and counted.
+    """
+
+    def __init__(self, interval_tokens: int, *, max_under_way: int = 64) -> None:
+        self._interval_tokens = interval_tokens
+        self._max_under_way = max_under_way
+        self._lock = threading.Lock()
+        self._holder: Holder | None = None
+        self._weights_version = ""
+        self._progress: dict[tuple[str, int, int], _Progress] = {}
+        self._num_under_way = 0
+        self._is_urgent = False
+        self.num_stored = 0
+        self.num_skipped = 0
+
+    @property
+    def holder(self) -> Holder | None:
+        """Who keeps this gateway's snapshots."""
+        return self._holder
+
+    @property
+    def weights_version(self) -> str:
+        """The weights that caches are computed with."""
+        return self._weights_version
+
+    def send_to(self, holder: Holder | None, weights_version: str) -> None:
+        """Hear who keeps the snapshots from now on; a new holder gets whole ones first."""
+        with self._lock:
+            self._weights_version = weights_version
+            if holder != self._holder:
+                self._holder = holder
+                self._progress.clear()
+                self._num_under_way = 0
+
+    def hurry(self) -> None:
+        """Capture every sequence once more at once: this gateway is about to leave."""
+        with self._lock:
+            self._is_urgent = self._interval_tokens > 0
+
+    def capture(self, sequence: Sequence) -> Capture | None:
+        """Return the capture of a sequence that has just advanced, if one is due."""
+        with self._lock:
+            if self._holder is None or not self._interval_tokens:
+                return None
+            progress = self._progress.setdefault(_key(sequence), _Progress())
+            interval = 1 if self._is_urgent else self._interval_tokens
+            if not is_due(sequence.computed, progress.position, interval):
+                return None
+            if progress.under_way is not None or self._num_under_way >= self._max_under_way:
+                self.num_skipped += 1
+                return None
+            progress.under_way = sequence.computed
+            progress.is_last = self._is_urgent
+            self._num_under_way += 1
+            holder, start = self._holder, progress.position
+        assert sequence.state_block is not None
+        return Capture(
+            stamp=Stamp(
+                request_id=sequence.request.request_id,
+                sequence_index=sequence.index,
+                assignment=sequence.request.assignment,
+                position=sequence.computed,
+                weights_version=self._weights_version,
+                tokens=digest_of(sequence.tokens[: sequence.computed]),
+            ),
+            holder=holder,
+            start=start,
+            state_block=sequence.state_block,
+            kv_blocks=tuple(sequence.kv_blocks),
+        )
+
+    def stored(self, stamp: Stamp, holder: Holder) -> None:
+        """Hear that a snapshot is whole at its holder."""
+        if (progress := self._arrived(stamp, holder)) is not None:
+            progress.position = stamp.position
+            self.num_stored += 1
+
+    def failed(self, stamp: Stamp, holder: Holder, *, has_base: bool) -> None:
+        """Hear that a snapshot is not there; without its base the next one is sent whole."""
+        progress = self._arrived(stamp, holder)
+        if progress is not None:
+            progress.is_last = False
+            if not has_base:
+                progress.position = 0
+
+    def is_held(self, sequence: Sequence) -> bool:
+        """Whether the holder has a snapshot of it that was captured since `hurry`."""
+        with self._lock:
+            progress = self._progress.get(_key(sequence))
+            return progress is not None and progress.is_last and progress.under_way is None
+
+    def forget(self, sequence: Sequence) -> bool:
+        """Drop a sequence that has ended; return whether the holder may have something of it."""
+        with self._lock:
+            progress = self._progress.pop(_key(sequence), None)
+            if progress is not None and progress.under_way is not None:
+                self._num_under_way -= 1
+            return progress is not None and bool(progress.position or progress.under_way)
+
+    def _arrived(self, stamp: Stamp, holder: Holder) -> _Progress | None:
+        with self._lock:
+            key = (stamp.request_id, stamp.sequence_index, stamp.assignment)
+            progress = self._progress.get(key)
+            if progress is None or progress.under_way != stamp.position or holder != self._holder:
+                return None  # it has ended meanwhile, or another gateway keeps it now
+            progress.under_way = None
+            self._num_under_way -= 1
+            return progress
+
+
+def is_due(computed: int, position: int, interval_tokens: int) -> bool:
+    """Whether a sequence is captured: so many tokens lie behind its newest snapshot."""
+    return computed - position >= interval_tokens
+
+
+def _key(sequence: Sequence) -> tuple[str, int, int]:
+    return sequence.request.request_id, sequence.index, sequence.request.assignment

@@ -1,0 +1,107 @@
+"""How sequences outlive their gateway: captured while they run, restored where they go on."""
+
+from collections.abc import Callable, Mapping
+
+from workers.gateway.capture import CaptureBook, Restore
+from workers.gateway.lockstep import CacheOperation
+from workers.gateway.sequence import Sequence
+from workers.gateway.snapshot import Ended, Holder, Snapshot
+from workers.types import FinishReason
+
+
+class Survival:
+    """What the engine does for the survival of its sequences. Called under the engine's lock.
+
+    Args:
+        book: Says what is to be captured.
+        enqueue: Has all ranks do something to their caches between two steps.
+        on_end: Told of each sequence that leaves and of which the holder may have something; must
+            return at once.
+    """
+
+    def __init__(
+        self,
+        book: CaptureBook,
+        enqueue: Callable[[CacheOperation], None],
+        on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
+    ) -> None:
+        self._book = book
+        self._enqueue = enqueue
+        self._on_end = on_end
+        self._snapshots: dict[Sequence, Snapshot] = {}  # of sequences that wait
+        self._resumed: set[Sequence] = set()  # and were not admitted yet
+        self.is_leaving = False
+        self.restores = 0
+        self.recomputes = 0
+        self.replayed_tokens = 0
+        self.recomputed_tokens = 0
+        self.moved = 0
+
+    def begin(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
+        """Hear of a new sequence, and of the snapshot that it may go on from."""
+        if snapshot is not None and sequence.prompt_logprobs is None:  # those need every row
+            self._snapshots[sequence] = snapshot
+        if sequence.num_completion:
+            self._resumed.add(sequence)
+
+    def restore(self, sequence: Sequence) -> int:
+        """Have a sequence's blocks filled before its first step; return its computed tokens."""
+        snapshot = self._snapshots.pop(sequence, None)
+        position = 0
+        if snapshot is not None:
+            assert sequence.state_block is not None
+            position = snapshot.stamp.position
+            self._enqueue(
+                Restore(
+                    state_block=sequence.state_block,
+                    kv_blocks=tuple(sequence.kv_blocks),
+                    shards=snapshot.shards,
+                )
+            )
+            self.restores += 1
+        if sequence in self._resumed:
+            self._resumed.discard(sequence)
+            again = sequence.pending - position - 1  # the last token was never computed
+            if position:
+                self.replayed_tokens += again
+            else:
+                self.recomputes += 1
+                self.recomputed_tokens += again
+        return position
+
+    def advance(self, sequence: Sequence) -> None:
+        """Capture a sequence that a step has advanced, if it is due."""
+        capture = self._book.capture(sequence)
+        if capture is not None:
+            self._enqueue(capture)
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Drop what there is of a sequence; its holder keeps it while it may move."""
+        self._snapshots.pop(sequence, None)
+        self._resumed.discard(sequence)
+        holder = self._book.holder
+        if self._book.forget(sequence) and holder is not None and reason is not FinishReason.MOVED:
+            request = sequence.request
+            has_ended = reason is not FinishReason.CANCELLED
+            self._on_end(
+                Ended(request.request_id, sequence.index, request.assignment, has_ended), holder
+            )
+
+    def leave(self) -> None:
+        """Capture everything once more: what is then held elsewhere goes on there."""
+        self.is_leaving = True
+        self._book.hurry()
+
+    def movable(self, requests: Mapping[str, list[Sequence]]) -> list[Sequence]:
+        """Return the unfinished sequences of requests that may go on elsewhere now."""
+        if not self.is_leaving or self._book.holder is None:
+            return []
+        found = [
+            sequence
+            for sequences in requests.values()
+            if all(s.finish is None for s in sequences)
+            and all(s.state_block is None or self._book.is_held(s) for s in sequences)
+            for sequence in sequences
+        ]
+        self.moved += len(found)
+        return found
