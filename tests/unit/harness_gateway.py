@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from workers.gateway.capture import CaptureBook
 from workers.gateway.engine import EngineOptions, GatewayEngine
-from workers.gateway.lockstep import Leader, LoneVote
+from workers.gateway.lockstep import Leader, LoneVote, Take, drop
 from workers.gateway.scheduler import SchedulerOptions
+from workers.gateway.snapshot import Ended, Holder
 from workers.model.batch import Segment, StepBatch
 from workers.model.sampler import SamplerState, sample
 from workers.types import Output, Request, Sampling, Stopping, TokenEvent
@@ -57,6 +59,22 @@ class HistoryModel:
 
     def discard(self) -> None:
         self._staged.clear()
+
+    def copy_aside(self, state_block, kv_blocks, start, position):
+        """Return what a shard holds: states, and rows by position."""
+        assert not self._staged, "captured in the middle of a step"
+        state = self._states[state_block]
+        assert len(state) == position, "captured at another position than it says"
+        places = [divmod(p, self.block_tokens) for p in range(start, position)]
+        return state, [self._kv[kv_blocks[block], offset] for block, offset in places]
+
+    def restore(self, state_block, kv_blocks, shards) -> None:
+        assert not self._staged, "restored in the middle of a step"
+        ((state, rows),) = shards
+        self._states[state_block] = state
+        for position, token_id in enumerate(rows):
+            block, offset = divmod(position, self.block_tokens)
+            self._kv[kv_blocks[block], offset] = token_id
 
     def _advance(self, segment: Segment) -> list[Tensor]:
         before = self._states[segment.state_block] if segment.start else ()
@@ -124,6 +142,9 @@ def make_engine(
     max_waiting: int = 100,
     context_tokens: int = 200,
     bit_stable: bool = False,
+    book: CaptureBook | None = None,
+    take: Take = drop,
+    on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
 ) -> tuple[GatewayEngine, HistoryModel]:
     model = HistoryModel(block_tokens)
     options = EngineOptions(
@@ -138,8 +159,8 @@ def make_engine(
         context_tokens=context_tokens,
         max_waiting=max_waiting,
     )
-    leader = Leader(LoneGroup(), model.forward, model, LoneVote())
-    return GatewayEngine(options, leader, FakeClock()), model
+    leader = Leader(LoneGroup(), model.forward, model, LoneVote(), take)
+    return GatewayEngine(options, leader, FakeClock(), book=book, on_end=on_end), model
 
 
 def make_request(

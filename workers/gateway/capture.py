@@ -111,8 +111,7 @@ class CaptureBook:
             if self._holder is None or not self._interval_tokens:
                 return None
             progress = self._progress.setdefault(_key(sequence), _Progress())
-            interval = 1 if self._is_urgent else self._interval_tokens
-            if not is_due(sequence.computed, progress.position, interval):
+            if not self._is_wanted(sequence, progress):
                 return None
             if progress.under_way is not None or self._num_under_way >= self._max_under_way:
                 self.num_skipped += 1
@@ -164,6 +163,11 @@ class CaptureBook:
             if progress is not None and progress.under_way is not None:
                 self._num_under_way -= 1
             return progress is not None and bool(progress.position or progress.under_way)
+
+    def _is_wanted(self, sequence: Sequence, progress: _Progress) -> bool:
+        if self._is_urgent:
+            return not progress.is_last
+        return is_due(sequence.computed, progress.position, self._interval_tokens)
 
     def _arrived(self, stamp: Stamp, holder: Holder) -> _Progress | None:
         with self._lock:

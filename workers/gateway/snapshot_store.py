@@ -187,7 +187,8 @@ class SnapshotStore:
             gone = {chain.owner for _, _, chain in chains}.difference(owners)
             self._gone_s = {owner: self._gone_s.get(owner, now_s) for owner in gone}
             for key, number, chain in chains:
-                since_s = min(chain.released_s or now_s, self._gone_s.get(chain.owner, now_s))
+                released_s = now_s if chain.released_s is None else chain.released_s
+                since_s = min(released_s, self._gone_s.get(chain.owner, now_s))
                 if now_s - since_s > self._keep_s:
                     self._drop(key, number)
 

@@ -1,0 +1,144 @@
+"""Where a request goes when its gateway is lost: to its snapshot, and never beyond its client."""
+
+import asyncio
+
+import pytest
+
+from cluster.frontdoor.flight import Flight
+from cluster.frontdoor.options import FrontDoorOptions
+from tests.unit.harness_gateway import make_request
+from workers.placement import MemberId
+from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
+
+
+class FakeSession:
+    """A session that notes what is submitted."""
+
+    def __init__(self, name: str) -> None:
+        self.member = self  # only its id is asked for
+        self.id = MemberId(name, 1)
+        self.submitted: list[Request] = []
+
+    def submit(self, request: Request, passenger: Flight) -> None:
+        self.submitted.append(request)
+
+    def leave(self, passenger: Flight, *, has_ended: bool) -> None:
+        pass
+
+
+class FakePool:
+    """Gateways in order of preference; a named holder comes first, if it takes work."""
+
+    def __init__(self, *names: str) -> None:
+        self.options = FrontDoorOptions(gateway_wait_s=1.0)
+        self.listeners: set = set()
+        self.sessions = [FakeSession(name) for name in names]
+
+    def choose(self, excluding=(), holder="") -> FakeSession | None:
+        open_to_it = [s for s in self.sessions if s.id not in excluding]
+        held = [s for s in open_to_it if str(s.id) == holder]
+        return next(iter(held + open_to_it), None)
+
+    def lose(self, session: FakeSession, flight: Flight) -> None:
+        self.sessions.remove(session)
+        flight.lost()
+
+
+def event(
+    index: int, tokens: tuple[int, ...], assignment: int = 1, *, sequence: int = 0,
+    finish: FinishReason | None = None,
+) -> TokenEvent:  # fmt: skip
+    return TokenEvent(
+        request_id="r", sequence_index=sequence, assignment=assignment, first_token_index=index,
+        token_ids=tokens, finish=finish,
+    )  # fmt: skip
+
+
+async def fly(flight: Flight, *notices) -> asyncio.Task:
+    """Begin a flight and let it hear."""
+
+    async def run() -> list[TokenEvent]:
+        return [e async for e in flight.events()]
+
+    task = asyncio.create_task(run())
+    for notice in (None, *notices):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if notice is not None:
+            notice()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("reported", "expected"),
+    [
+        ([], ()),
+        ([(3, "c.1")], (3, "c.1")),
+        ([(3, "c.1"), (6, "c.1")], (6, "c.1")),
+        ([(3, "c.1"), (7, "c.1")], (3, "c.1")),  # ahead: no token would be left to compute
+        ([(3, "c.1"), (5, "b.1"), (9, "b.1")], (5, "b.1")),
+        ([(7, "c.1"), (8, "c.1")], ()),
+    ],
+)
+async def test_the_newest_snapshot_is_used_that_is_not_ahead_of_the_client(
+    reported, expected
+) -> None:
+    pool = FakePool("a", "b", "c")
+    flight = Flight(make_request(max_tokens=50), pool)  # 3 prompt tokens
+    gateway = pool.sessions[0]
+    places = [SnapshotPlace(0, position, holder) for position, holder in reported]
+    task = await fly(
+        flight,
+        lambda: flight.deliver(event(0, (5, 6, 7, 8))),
+        *(lambda place=place: flight.held(place) for place in places),
+        lambda: pool.lose(gateway, flight),
+    )
+    holder = expected[1] if expected else "b.1"
+    (request,) = next(s for s in pool.sessions if str(s.id) == holder).submitted
+    task.cancel()
+
+    assert request.emitted == ((5, 6, 7, 8),)
+    assert request.assignment == 2
+    assert request.snapshots == ((SnapshotPlace(0, *expected),) if expected else ())
+
+
+async def test_a_holder_that_is_gone_is_named_to_whoever_takes_the_request() -> None:
+    pool = FakePool("a", "b")
+    flight = Flight(make_request(max_tokens=50), pool)
+    place = SnapshotPlace(0, 2, "c.1")  # in the middle of the prompt
+    task = await fly(
+        flight, lambda: flight.held(place), lambda: pool.lose(pool.sessions[0], flight)
+    )
+    task.cancel()
+
+    (request,) = pool.sessions[0].submitted
+    assert request.snapshots == (place,)
+    assert request.emitted == ()
+
+
+async def test_a_moved_request_goes_on_at_its_holder_and_not_where_it_was() -> None:
+    pool = FakePool("a", "b", "c")
+    flight = Flight(make_request(max_tokens=3, num_sequences=2), pool)
+    first, _, third = pool.sessions
+    task = await fly(
+        flight,
+        lambda: flight.deliver(event(0, (5,))),
+        lambda: flight.deliver(event(0, (6,), sequence=1)),
+        lambda: [flight.held(SnapshotPlace(i, 3, "c.1")) for i in range(2)],
+        lambda: flight.deliver(event(1, (), finish=FinishReason.MOVED)),
+        lambda: flight.deliver(event(1, (), sequence=1, finish=FinishReason.MOVED)),
+        lambda: flight.deliver(event(1, (7,))),  # a late word of the one that it left
+        lambda: flight.deliver(event(1, (8, 9), 2, finish=FinishReason.LENGTH)),
+        lambda: flight.deliver(event(1, (4, 4), 2, sequence=1, finish=FinishReason.LENGTH)),
+    )
+    events = await task
+
+    assert len(first.submitted) == 1
+    (request,) = third.submitted
+    assert request.emitted == ((5,), (6,))
+    assert [p.position for p in request.snapshots] == [3, 3]
+    tokens = [(e.sequence_index, *e.token_ids) for e in events]
+    assert tokens == [(0, 5), (1, 6), (0, 8, 9), (1, 4, 4)]
+    assert all(e.finish is not FinishReason.MOVED for e in events)

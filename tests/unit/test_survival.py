@@ -1,0 +1,293 @@
+"""Sequences are captured while they run, and go on elsewhere with the tokens due to them."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.unit.harness_gateway import (
+    Transcript,
+    expected_tokens,
+    make_engine,
+    make_request,
+    run_to_end,
+)
+from workers.gateway.capture import CaptureBook, Captured, is_due
+from workers.gateway.sequence import Sequence
+from workers.gateway.snapshot import Holder, Snapshot, digest_of, snapshot_interval
+from workers.types import FinishReason, Output, Request
+
+HOLDER = Holder("g1.1", "somewhere")
+OTHER = Holder("g2.1", "elsewhere")
+
+
+class Site:
+    """An engine whose captures arrive at a holder at once, or when the test says so."""
+
+    def __init__(self, interval: int = 4, *, arrive: bool = True, **sizes: object) -> None:
+        self.book = CaptureBook(interval)
+        self.book.send_to(HOLDER, "w")
+        self.arrive = arrive
+        self.waiting: list[Captured] = []
+        self.rows: dict[tuple[str, int], list[int]] = {}
+        self.whole: dict[tuple[str, int], list[Snapshot]] = {}
+        self.ended: list[tuple] = []
+        self.engine, self.model = make_engine(
+            book=self.book, take=self._take, on_end=lambda e, h: self.ended.append((e, h)), **sizes
+        )
+        self.transcript = Transcript()
+
+    def step(self) -> None:
+        self.transcript.read(self.engine.step())
+
+    def run(self, request: Request, tokens: int) -> list[int]:
+        """Run a request until so many tokens are out."""
+        self.engine.submit(request)
+        while len(self.tokens(request)) < tokens:
+            self.step()
+        return self.tokens(request)
+
+    def tokens(self, request: Request) -> list[int]:
+        return self.transcript.tokens.get((request.request_id, 0), [])
+
+    def deliver(self) -> None:
+        for captured in self.waiting:
+            self._store(captured)
+        self.waiting.clear()
+
+    def newest(self, request: Request, num_tokens: int) -> Snapshot | None:
+        found = self.whole.get((request.request_id, 0), [])
+        return next((s for s in reversed(found) if s.stamp.position < num_tokens), None)
+
+    def _take(self, captured: Captured) -> None:
+        self._store(captured) if self.arrive else self.waiting.append(captured)
+
+    def _store(self, captured: Captured) -> None:
+        stamp, (state, rows) = captured.stamp, captured.shard
+        key = (stamp.request_id, stamp.sequence_index)
+        known = self.rows.setdefault(key, [])
+        assert captured.start <= len(known), "a part without its base"
+        known[captured.start :] = rows
+        shard = (state, tuple(known))
+        self.whole.setdefault(key, []).append(Snapshot(stamp=stamp, shards=(shard,)))
+        self.book.stored(stamp, captured.holder)
+
+
+def resume(request: Request, tokens: list[int], snapshot: Snapshot | None, **sizes: object) -> Site:
+    """Let another engine finish a request whose client has some tokens."""
+    again = replace(request, assignment=2, emitted=(tuple(tokens),) if tokens else ())
+    site = Site(**sizes)
+    site.engine.submit(again, {} if snapshot is None else {0: snapshot})
+    run_to_end(site.engine, site.transcript)
+    return site
+
+
+@pytest.mark.parametrize("bit_stable", [False, True])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}])
+def test_a_sequence_goes_on_from_any_snapshot_with_the_same_tokens(sampling, bit_stable) -> None:
+    request = make_request(prompt=tuple(range(10)), max_tokens=20, **sampling)
+    expected = expected_tokens(request)
+    for had in range(19):
+        site = Site(step_tokens=80, bit_stable=bit_stable)
+        tokens = site.run(request, had) if had else []
+        snapshot = site.newest(request, 10 + had)
+        after = resume(request, tokens, snapshot, step_tokens=80, bit_stable=bit_stable)
+
+        assert after.tokens(request)[had:] == expected[had:]
+        stats = after.engine.stats()
+        if had > 1:  # what the first step computed is copied before the second
+            assert stats.restores == 1
+            assert stats.recomputes == 0
+            assert stats.replayed_tokens < 8  # twice the interval: one may be on its way
+            assert after.model.batches[0].segments[0].start == snapshot.stamp.position
+
+
+def test_a_long_prompt_is_captured_at_its_chunks_ends() -> None:
+    request = make_request(prompt=tuple(range(40)), max_tokens=3)
+    site = Site(step_tokens=10)
+    site.engine.submit(request)
+    for _ in range(3):
+        site.step()
+    snapshot = site.newest(request, 40)
+    assert snapshot.stamp.position == 20  # the third is copied before the fourth step
+
+    after = resume(request, [], snapshot, step_tokens=10)
+    assert after.tokens(request) == expected_tokens(request)
+    assert after.model.batches[0].segments[0].start == 20
+
+
+def test_without_a_snapshot_the_prompt_is_computed_again_and_counted() -> None:
+    request = make_request(prompt=(1, 2, 3), max_tokens=9)
+    tokens = expected_tokens(request)[:5]
+    after = resume(request, tokens, None)
+
+    assert after.tokens(request)[5:] == expected_tokens(request)[5:]
+    assert after.engine.stats().recomputes == 1
+    assert after.engine.stats().recomputed_tokens == 7
+
+
+def test_prompt_scores_are_computed_though_there_is_a_snapshot() -> None:
+    request = make_request(prompt=tuple(range(12)), max_tokens=2, output=Output(prompt_logprobs=0))
+    site = Site(step_tokens=5)
+    site.engine.submit(request)
+    site.step()
+    site.step()
+    after = resume(request, [], site.newest(request, 12), step_tokens=5)
+
+    assert len(after.transcript.events[0].prompt_logprobs) == 12
+    assert after.engine.stats().restores == 0
+
+
+def test_a_restored_sequence_may_be_preempted() -> None:
+    requests = [make_request(f"r{i}", (1, 2, 3), max_tokens=30) for i in range(3)]
+    site = Site()
+    tokens = {r.request_id: site.run(r, 8)[:8] for r in requests}
+    after = Site(num_kv_blocks=14)
+    for request in requests:
+        emitted = tuple(tokens[request.request_id])
+        again = replace(request, assignment=2, emitted=(emitted,))
+        after.engine.submit(again, {0: site.newest(request, 3 + len(emitted))})
+    run_to_end(after.engine, after.transcript)
+
+    assert after.engine.stats().preemptions > 0
+    for request in requests:
+        assert after.tokens(request)[8:] == expected_tokens(request)[8:]
+
+
+def test_a_slow_holder_costs_snapshots_and_no_step() -> None:
+    request = make_request(max_tokens=40)
+    site = Site(arrive=False)
+    site.run(request, 30)
+    assert len(site.waiting) == 1
+    assert site.engine.stats().snapshots_skipped > 0
+    site.deliver()
+    site.step()
+    site.step()
+    assert len(site.waiting) == 1
+    assert site.waiting[0].start == site.whole["r", 0][0].stamp.position  # what has come meanwhile
+
+
+def test_a_lost_base_and_a_new_holder_get_a_whole_snapshot() -> None:
+    request = make_request(max_tokens=60)
+    site = Site(arrive=False)
+    site.run(request, 10)
+    site.deliver()
+    for _ in range(6):
+        site.step()
+    (second,) = site.waiting
+    assert second.start > 0
+    site.book.failed(second.stamp, HOLDER, has_base=False)
+    site.waiting.clear()
+    site.step()
+    site.step()
+    (third,) = site.waiting
+    assert third.start == 0
+
+    site.book.send_to(OTHER, "w")
+    site.waiting.clear()
+    site.step()
+    site.step()
+    (fourth,) = site.waiting
+    assert (fourth.start, fourth.holder) == (0, OTHER)
+    site.book.stored(third.stamp, HOLDER)  # the old holder's late word
+    assert site.engine.stats().snapshots_stored == 1
+
+
+@pytest.mark.parametrize("how", ["no holder", "interval 0"])
+def test_nothing_is_captured_without_a_holder_or_an_interval(how) -> None:
+    site = Site(0 if how == "interval 0" else 4)
+    if how == "no holder":
+        site.book.send_to(None, "w")
+    site.engine.leave()
+    request = make_request(max_tokens=20)
+    site.engine.submit(request)
+    run_to_end(site.engine, site.transcript)
+
+    assert site.whole == {}
+    assert site.transcript.last["r", 0].finish is FinishReason.LENGTH  # finished here, not moved
+
+
+def test_the_holder_hears_of_the_end_and_whether_it_may_go_on() -> None:
+    short = make_request("short", max_tokens=2)
+    long = make_request("long", max_tokens=20)
+    cut = make_request("cut", max_tokens=20)
+    site = Site(8)
+    for request in (short, long, cut):
+        site.engine.submit(request)
+    while len(site.tokens(long)) < 12:
+        site.step()
+    site.engine.abort("cut")
+    run_to_end(site.engine, site.transcript)
+
+    assert [(e.request_id, e.has_ended, h) for e, h in site.ended] == [
+        ("cut", False, HOLDER),
+        ("long", True, HOLDER),
+    ]
+
+
+def test_a_leaving_gateway_moves_what_is_held_elsewhere() -> None:
+    requests = [make_request(f"r{i}", max_tokens=60) for i in range(6)]  # 4 of them run
+    site = Site(1000, arrive=False)
+    for request in requests:
+        site.engine.submit(request)
+    for _ in range(5):
+        site.step()
+    site.engine.leave()
+    site.step()
+    site.step()
+    moved = {k for k, e in site.transcript.last.items() if e.finish is FinishReason.MOVED}
+    assert moved == {("r4", 0), ("r5", 0)}  # they had not begun
+
+    for _ in range(4):
+        site.step()  # what runs goes on while its snapshot travels
+    site.deliver()
+    site.step()
+    assert not site.engine.has_work
+    assert site.ended == []  # the holder keeps them
+    assert site.engine.stats().moved == 6
+    for request in requests[:4]:
+        assert site.transcript.last[request.request_id, 0].finish is FinishReason.MOVED
+        tokens = site.tokens(request)
+        after = resume(request, tokens, site.newest(request, 3 + len(tokens)))
+        assert after.tokens(request)[len(tokens) :] == expected_tokens(request)[len(tokens) :]
+        assert after.engine.stats().replayed_tokens <= 8
+
+
+def test_sequences_of_one_request_move_together() -> None:
+    request = make_request(max_tokens=60, num_sequences=2)
+    site = Site(1000, arrive=False)
+    site.engine.submit(request)
+    for _ in range(3):
+        site.step()
+    site.engine.leave()
+    site.step()
+    site.step()
+    first, second = site.waiting
+    site._store(first)
+    site.step()
+    assert all(e.finish is None for e in site.transcript.last.values())
+    site._store(second)
+    site.step()
+    assert not site.engine.has_work
+
+
+def test_a_snapshot_fits_its_own_tokens_only() -> None:
+    sequence = Sequence(make_request(prompt=tuple(range(9))), 0, 0)
+    sequence.computed, sequence.state_block = 5, 0
+    book = CaptureBook(4)
+    book.send_to(HOLDER, "w")
+    snapshot = Snapshot(stamp=book.capture(sequence).stamp, shards=())
+
+    assert snapshot.fits(range(6), "w")
+    assert not snapshot.fits(range(5), "w")  # no token would be left to compute
+    assert not snapshot.fits((0, 1, 2, 3, 5, 5), "w")
+    assert not snapshot.fits(range(6), "other weights")
+    assert not replace(snapshot, stamp=replace(snapshot.stamp, position=0)).fits(range(6), "w")
+    assert digest_of([1, 23]) != digest_of([12, 3])
+
+
+def test_the_interval_follows_a_byte_budget() -> None:
+    assert [is_due(n, 10, 4) for n in (13, 14, 3)] == [False, True, False]
+    assert snapshot_interval(64, 1000, 0) == 64
+    assert snapshot_interval(0, 1000, 10) == 0
+    assert snapshot_interval(64, 1000, 10) == 100
+    assert snapshot_interval(64, 1000, 999) == 64
