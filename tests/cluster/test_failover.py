@@ -4,9 +4,12 @@ import os
 import signal
 import time
 
+import grpc
 import pytest
 
+from cluster.pb.expertmesh.v1 import cluster_pb2
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
+from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
 from tests.cluster.harness_serve import Served, served
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -82,3 +85,24 @@ def test_a_killed_gateways_stream_goes_on_from_its_snapshot_with_the_same_tokens
     assert metric(cluster, other, "restores_total") - restores == 1
     assert metric(cluster, other, "recomputes_total") == 0
     assert 0 <= metric(cluster, other, "replayed_tokens_total") - replayed < 2 * INTERVAL
+
+
+def test_a_drained_gateway_hands_its_sequences_over(cluster: Served) -> None:
+    expected: list[int] = []
+    read(stream(cluster, TOKENS, temperature=0), expected, TOKENS)
+    members = gateways(cluster)
+    call, received = stream(cluster, TOKENS, temperature=0), []
+    read(call, received, 50)
+    leaving, other = sorted(members, key=lambda m: -metric(cluster, m, "running_sequences"))
+    recomputes = metric(cluster, other, "recomputes_total")
+    replayed = metric(cluster, other, "replayed_tokens_total")
+    restores = metric(cluster, other, "restores_total")
+    with grpc.insecure_channel(cluster.endpoint) as channel:
+        stub = ClusterServiceStub(channel)
+        stub.Drain(cluster_pb2.DrainRequest(member=leaving["name"]), timeout=30)
+    read(call, received, TOKENS)
+
+    assert received == expected
+    assert metric(cluster, other, "restores_total") - restores == 1
+    assert metric(cluster, other, "recomputes_total") == recomputes
+    assert metric(cluster, other, "replayed_tokens_total") - replayed <= 2 * INTERVAL

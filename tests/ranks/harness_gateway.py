@@ -191,11 +191,17 @@ class Remote:
 class Gateway:
     """All ranks of one gateway."""
 
-    def __init__(self, size: int, options: GatewayOptions, model_dir: Path = DEMO_MODEL) -> None:
+    def __init__(
+        self,
+        size: int,
+        options: GatewayOptions,
+        model_dir: Path = DEMO_MODEL,
+        body: Any = GatewayBody,
+    ) -> None:
         self.member = MemberId("gateway", 1)
         self.ranks = [
             Remote(
-                GatewayBody,
+                body,
                 GatewaySpec(
                     member=self.member,
                     rank=rank,

@@ -88,10 +88,10 @@ def test_a_part_whose_base_is_missing_is_refused_and_a_whole_one_begins_anew() -
     assert store.put(shard(5, 9)) is Verdict.NO_BASE
     assert store.put(shard(0, 5, rank=0, size=2)) is Verdict.STORED
     assert store.put(shard(5, 9, rank=0, size=2)) is Verdict.NO_BASE  # the base is not whole
-    assert store.num_bytes == 0
     assert store.put(shard(0, 9)) is Verdict.COMPLETE
     assert store.put(shard(9, 12, rank=0, size=2)) is Verdict.NO_BASE  # of fewer ranks
-    assert positions(store) == []
+    assert store.put(shard(10, 12)) is Verdict.NO_BASE  # with a gap
+    assert positions(store) == [9]
 
 
 def test_rows_that_come_again_take_the_place_of_those_before() -> None:

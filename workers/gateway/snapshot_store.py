@@ -49,8 +49,6 @@ class _Chain:
 
     def continued_by(self, data: PackedShard) -> bool:
         """Whether the rows before a shard's first one are here, written by as many ranks."""
-        if data.start == 0:
-            return True
         return data.start <= self.position and len(self.pieces[0]) == data.size
 
     def take(self, shard: Shard) -> Verdict:
@@ -129,12 +127,12 @@ class SnapshotStore:
             if stamp.assignment < max(chains, default=0):
                 return Verdict.STALE
             chain = chains.get(stamp.assignment)
+            if data.start and (chain is None or not chain.continued_by(data)):
+                self._drop_empty(key)
+                return Verdict.NO_BASE
             now_s = self._clock.now_s()
             if chain is None:
                 chain = chains[stamp.assignment] = _Chain(shard.owner, now_s)
-            if not chain.continued_by(data):
-                self._drop(key, stamp.assignment)
-                return Verdict.NO_BASE
             before = chain.num_bytes
             verdict = chain.take(shard)
             chain.written_s = now_s
