@@ -4,7 +4,6 @@ import os
 import signal
 import time
 
-import grpc
 import pytest
 
 from cluster.pb.expertmesh.v1 import cluster_pb2
@@ -56,8 +55,10 @@ def metric(cluster: Served, member: dict, name: str) -> float:
 
 
 def gateways(cluster: Served) -> list[dict]:
-    """Return both gateways, once both serve."""
-    for _ in range(60):
+    """Return both gateways, once both serve; one that was drained is replaced first."""
+    stub = ClusterServiceStub(cluster.channel)
+    stub.Scale(cluster_pb2.ScaleRequest(role=cluster_pb2.ROLE_GATEWAY, count=2), timeout=30)
+    for _ in range(120):
         members = [m for m in cluster.members("GATEWAY") if m["state"] == "MEMBER_STATE_ACTIVE"]
         if len(members) == 2:
             return members
@@ -97,9 +98,8 @@ def test_a_drained_gateway_hands_its_sequences_over(cluster: Served) -> None:
     recomputes = metric(cluster, other, "recomputes_total")
     replayed = metric(cluster, other, "replayed_tokens_total")
     restores = metric(cluster, other, "restores_total")
-    with grpc.insecure_channel(cluster.endpoint) as channel:
-        stub = ClusterServiceStub(channel)
-        stub.Drain(cluster_pb2.DrainRequest(member=leaving["name"]), timeout=30)
+    stub = ClusterServiceStub(cluster.channel)
+    stub.Drain(cluster_pb2.DrainRequest(member=leaving["name"]), timeout=30)
     read(call, received, TOKENS)
 
     assert received == expected
