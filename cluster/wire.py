@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from cluster.ownership.directory import Claim
 from cluster.pb.expertmesh.v1 import cluster_pb2, gateway_pb2, inference_pb2
 from workers.errors import (
     DrainingError,
@@ -9,7 +10,9 @@ from workers.errors import (
     ExpertmeshError,
     FieldViolation,
     InvalidRequestError,
+    IsolatedError,
     OverloadedError,
+    StaleAssignmentError,
 )
 from workers.types import (
     FinishReason,
@@ -29,6 +32,11 @@ _FINISHES = {
     FinishReason.ERROR: gateway_pb2.EVENT_FINISH_ERROR,
 }
 _REASONS = {number: reason for reason, number in _FINISHES.items()}
+_PLAIN_REFUSALS: dict[int, type[ExpertmeshError]] = {
+    gateway_pb2.REFUSAL_REASON_DUPLICATE: DuplicateRequestError,
+    gateway_pb2.REFUSAL_REASON_DRAINING: DrainingError,
+    gateway_pb2.REFUSAL_REASON_ISOLATED: IsolatedError,
+}
 _STATS = tuple(
     name
     for name in GatewayStats.__dataclass_fields__
@@ -54,6 +62,8 @@ def submit_message(request: Request) -> gateway_pb2.Submit:
             logprobs=request.output.logprobs, prompt_logprobs=request.output.prompt_logprobs
         ),
         emitted=[inference_pb2.TokenIds(ids=ids) for ids in request.emitted],
+        resume_window_s=request.resume_window_s,
+        deaths=request.deaths,
     )
 
 
@@ -101,6 +111,8 @@ def request_of(message: gateway_pb2.Submit) -> Request:
         output=output_of(message.output),
         num_sequences=sampling.num_sequences,
         emitted=tuple(tuple(tokens.ids) for tokens in message.emitted),
+        resume_window_s=message.resume_window_s,
+        deaths=message.deaths,
     )
 
 
@@ -172,6 +184,65 @@ def _logprob_of(message: inference_pb2.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(message.token_id, message.logprob, top)
 
 
+def claim_message(claim: Claim) -> gateway_pb2.Claim:
+    """Return a claim as a front door renews it; the session says whose it is."""
+    return gateway_pb2.Claim(
+        request_id=claim.request_id,
+        assignment=claim.assignment,
+        owner=claim.owner,
+        resume_window_s=claim.resume_window_s,
+        deaths=claim.deaths,
+    )
+
+
+def claim_of(message: gateway_pb2.Claim, front_door: str) -> Claim:
+    """Return the claim that a front door renews or asks for."""
+    return Claim(
+        request_id=message.request_id,
+        assignment=message.assignment,
+        owner=message.owner,
+        front_door=front_door,
+        resume_window_s=message.resume_window_s,
+        deaths=message.deaths,
+    )
+
+
+def release_message(claim: Claim) -> gateway_pb2.Release:
+    """Return a claim as a front door gives it up; its window is how long it is to be known."""
+    return gateway_pb2.Release(
+        request_id=claim.request_id,
+        assignment=claim.assignment,
+        keep_s=claim.resume_window_s,
+        deaths=claim.deaths,
+    )
+
+
+def released_of(message: gateway_pb2.Release, front_door: str) -> Claim:
+    """Return the claim that a front door gives up."""
+    return Claim(
+        request_id=message.request_id,
+        assignment=message.assignment,
+        owner="",
+        front_door=front_door,
+        resume_window_s=message.keep_s,
+        deaths=message.deaths,
+    )
+
+
+def claimed_message(ticket: int, assignment: int, known: Claim | None) -> gateway_pb2.Claimed:
+    """Return the directory's answer: the number that it grants, and the claim before."""
+    if known is None:
+        return gateway_pb2.Claimed(ticket=ticket, assignment=assignment)
+    return gateway_pb2.Claimed(
+        ticket=ticket,
+        assignment=assignment,
+        is_known=True,
+        owner=known.owner,
+        owner_assignment=known.assignment,
+        deaths=known.deaths,
+    )
+
+
 def stats_message(stats: GatewayStats) -> cluster_pb2.GatewayStats:
     """Return a gateway's load and counters as they travel."""
     return cluster_pb2.GatewayStats(
@@ -209,6 +280,11 @@ def refusal_message(
             refusal.retry_after_s = error.retry_after_s
         case DrainingError():
             refusal.reason = gateway_pb2.REFUSAL_REASON_DRAINING
+        case StaleAssignmentError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_STALE
+            refusal.held_assignment = error.held
+        case IsolatedError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_ISOLATED
         case _:
             pass  # the gateway failed
     return refusal
@@ -221,11 +297,9 @@ def error_of(refusal: gateway_pb2.Refusal) -> ExpertmeshError:
             return InvalidRequestError(
                 *(FieldViolation(v.field, v.description) for v in refusal.violations)
             )
-        case gateway_pb2.REFUSAL_REASON_DUPLICATE:
-            return DuplicateRequestError(refusal.message)
         case gateway_pb2.REFUSAL_REASON_OVERLOADED:
             return OverloadedError(refusal.message, refusal.retry_after_s)
-        case gateway_pb2.REFUSAL_REASON_DRAINING:
-            return DrainingError(refusal.message)
+        case gateway_pb2.REFUSAL_REASON_STALE:
+            return StaleAssignmentError(refusal.message, refusal.held_assignment)
         case _:
-            return ExpertmeshError(refusal.message)
+            return _PLAIN_REFUSALS.get(refusal.reason, ExpertmeshError)(refusal.message)

@@ -53,7 +53,9 @@ class Request:
     """What a gateway is asked to do: `num_sequences` continuations of one prompt.
 
     `assignment` fences the owner of the request: events carry it, older ones are dropped.
-    `emitted` holds, per sequence, the tokens that the client already has (resumption).
+    `emitted` holds, per sequence, the tokens that the client already has (resumption). For
+    `resume_window_s` it is kept when its client is gone, or when it has ended. `deaths` counts the
+    gateways that died with it.
     """
 
     request_id: str
@@ -64,6 +66,8 @@ class Request:
     num_sequences: int = 1
     assignment: int = 0
     emitted: tuple[tuple[int, ...], ...] = ()
+    resume_window_s: float = 0.0
+    deaths: int = 0
 
 
 class FinishReason(Enum):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from cluster.endpoint import GatewayEndpoint
+from cluster.endpoint import EndpointOptions, GatewayEndpoint
 from cluster.frontdoor.metrics import FrontDoorMetrics
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
@@ -74,7 +74,7 @@ class Site:
 
     async def add_gateway(self, gateway: FakeGateway, *, publish: bool = True) -> None:
         """Serve a fake gateway and make it a member."""
-        endpoint = GatewayEndpoint(gateway, "127.0.0.1:0", stats_interval_s=0.02)
+        endpoint = GatewayEndpoint(gateway, "127.0.0.1:0", EndpointOptions(stats_interval_s=0.02))
         address = await endpoint.start()
         number = len(self.gateways)
         self.gateways.append(gateway)

@@ -26,35 +26,47 @@ from cluster.pb.expertmesh.v1 import cluster_pb2 as expertmesh_dot_v1_dot_cluste
 from cluster.pb.expertmesh.v1 import inference_pb2 as expertmesh_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/gateway.proto\x12\rexpertmesh.v1\x1a\x1b\x65xpertmesh/v1/cluster.proto\x1a\x1d\x65xpertmesh/v1/inference.proto\"\x92\x01\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.HelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.AbortH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\nfront_door\x18\x01 \x01(\t\"\x88\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12)\n\x08stopping\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Stopping\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Output\x12(\n\x07\x65mitted\x18\x08 \x03(\x0b\x32\x17.expertmesh.v1.TokenIds\"/\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"\xa2\x01\n\x0fSessionResponse\x12,\n\x05stats\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStatsH\x00\x12,\n\x06\x65vents\x18\x02 \x01(\x0b\x32\x1a.expertmesh.v1.TokenEventsH\x00\x12)\n\x07refusal\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.RefusalH\x00\x42\x08\n\x06report\"8\n\x0bTokenEvents\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.TokenEvent\"\xdf\x02\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12*\n\x06\x66inish\x18\x08 \x01(\x0e\x32\x1a.expertmesh.v1.EventFinish\x12\x1a\n\rstop_token_id\x18\t \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\n \x01(\r\x12\r\n\x05\x65rror\x18\x0b \x01(\tB\x10\n\x0e_stop_token_id\"\xb5\x01\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12,\n\x06reason\x18\x03 \x01(\x0e\x32\x1c.expertmesh.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01\x12,\n\nviolations\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.Violation\"/\n\tViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t*\x8f\x01\n\x0b\x45ventFinish\x12\x1c\n\x18\x45VENT_FINISH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_FINISH_STOP\x10\x01\x12\x17\n\x13\x45VENT_FINISH_LENGTH\x10\x02\x12\x1a\n\x16\x45VENT_FINISH_CANCELLED\x10\x03\x12\x16\n\x12\x45VENT_FINISH_ERROR\x10\x04*\xa5\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x01\x12\x1c\n\x18REFUSAL_REASON_DUPLICATE\x10\x02\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x03\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x04\x32^\n\x0eGatewayService\x12L\n\x07Session\x12\x1d.expertmesh.v1.SessionRequest\x1a\x1e.expertmesh.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/gateway.proto\x12\rexpertmesh.v1\x1a\x1b\x65xpertmesh/v1/cluster.proto\x1a\x1d\x65xpertmesh/v1/inference.proto\"\xbb\x02\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.HelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.AbortH\x00\x12%\n\x05\x63laim\x18\x14 \x01(\x0b\x32\x14.expertmesh.v1.ClaimH\x00\x12)\n\x07release\x18\x15 \x01(\x0b\x32\x16.expertmesh.v1.ReleaseH\x00\x12\'\n\x06\x64\x65tach\x18\x16 \x01(\x0b\x32\x15.expertmesh.v1.DetachH\x00\x12,\n\x06\x63\x61ncel\x18\x17 \x01(\x0b\x32\x1a.expertmesh.v1.CancelClaimH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\nfront_door\x18\x01 \x01(\t\"\xb1\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12)\n\x08stopping\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Stopping\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Output\x12(\n\x07\x65mitted\x18\x08 \x03(\x0b\x32\x17.expertmesh.v1.TokenIds\x12\x17\n\x0fresume_window_s\x18\x14 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x15 \x01(\r\"/\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"0\n\x06\x44\x65tach\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"\xa8\x01\n\x05\x43laim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x17\n\x0fresume_window_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x05 \x01(\r\x12\x0e\n\x06ticket\x18\x06 \x01(\x04\x12\r\n\x05\x61\x62ove\x18\x07 \x01(\x04\x12\x0c\n\x04held\x18\x08 \x01(\x04\x12\x12\n\ntakes_over\x18\t \x01(\x08\"Q\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x0e\n\x06keep_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x04 \x01(\r\"1\n\x0b\x43\x61ncelClaim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x04\"\xfc\x01\n\x0fSessionResponse\x12,\n\x05stats\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStatsH\x00\x12,\n\x06\x65vents\x18\x02 \x01(\x0b\x32\x1a.expertmesh.v1.TokenEventsH\x00\x12)\n\x07refusal\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.RefusalH\x00\x12)\n\x07\x63laimed\x18\x14 \x01(\x0b\x32\x16.expertmesh.v1.ClaimedH\x00\x12-\n\tcancelled\x18\x15 \x01(\x0b\x32\x18.expertmesh.v1.CancelledH\x00\x42\x08\n\x06report\"x\n\x07\x43laimed\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x10\n\x08is_known\x18\x03 \x01(\x08\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x18\n\x10owner_assignment\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65\x61ths\x18\x06 \x01(\r\"\x1f\n\tCancelled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"8\n\x0bTokenEvents\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.TokenEvent\"\xdf\x02\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12*\n\x06\x66inish\x18\x08 \x01(\x0e\x32\x1a.expertmesh.v1.EventFinish\x12\x1a\n\rstop_token_id\x18\t \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\n \x01(\r\x12\r\n\x05\x65rror\x18\x0b \x01(\tB\x10\n\x0e_stop_token_id\"\xce\x01\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12,\n\x06reason\x18\x03 \x01(\x0e\x32\x1c.expertmesh.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01\x12,\n\nviolations\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.Violation\x12\x17\n\x0fheld_assignment\x18\x14 \x01(\x04\"/\n\tViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t*\x8f\x01\n\x0b\x45ventFinish\x12\x1c\n\x18\x45VENT_FINISH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_FINISH_STOP\x10\x01\x12\x17\n\x13\x45VENT_FINISH_LENGTH\x10\x02\x12\x1a\n\x16\x45VENT_FINISH_CANCELLED\x10\x03\x12\x16\n\x12\x45VENT_FINISH_ERROR\x10\x04*\xfb\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x01\x12\x1c\n\x18REFUSAL_REASON_DUPLICATE\x10\x02\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x03\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x04\x12\x1d\n\x19REFUSAL_REASON_SUPERSEDED\x10\x14\x12\x18\n\x14REFUSAL_REASON_STALE\x10\x15\x12\x1b\n\x17REFUSAL_REASON_ISOLATED\x10\x16\x32^\n\x0eGatewayService\x12L\n\x07Session\x12\x1d.expertmesh.v1.SessionRequest\x1a\x1e.expertmesh.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTFINISH']._serialized_start=1411
-  _globals['_EVENTFINISH']._serialized_end=1554
-  _globals['_REFUSALREASON']._serialized_start=1557
-  _globals['_REFUSALREASON']._serialized_end=1722
+  _globals['_EVENTFINISH']._serialized_start=2246
+  _globals['_EVENTFINISH']._serialized_end=2389
+  _globals['_REFUSALREASON']._serialized_start=2392
+  _globals['_REFUSALREASON']._serialized_end=2643
   _globals['_SESSIONREQUEST']._serialized_start=107
-  _globals['_SESSIONREQUEST']._serialized_end=253
-  _globals['_HELLO']._serialized_start=255
-  _globals['_HELLO']._serialized_end=282
-  _globals['_SUBMIT']._serialized_start=285
-  _globals['_SUBMIT']._serialized_end=549
-  _globals['_ABORT']._serialized_start=551
-  _globals['_ABORT']._serialized_end=598
-  _globals['_SESSIONRESPONSE']._serialized_start=601
-  _globals['_SESSIONRESPONSE']._serialized_end=763
-  _globals['_TOKENEVENTS']._serialized_start=765
-  _globals['_TOKENEVENTS']._serialized_end=821
-  _globals['_TOKENEVENT']._serialized_start=824
-  _globals['_TOKENEVENT']._serialized_end=1175
-  _globals['_REFUSAL']._serialized_start=1178
-  _globals['_REFUSAL']._serialized_end=1359
-  _globals['_VIOLATION']._serialized_start=1361
-  _globals['_VIOLATION']._serialized_end=1408
-  _globals['_GATEWAYSERVICE']._serialized_start=1724
-  _globals['_GATEWAYSERVICE']._serialized_end=1818
+  _globals['_SESSIONREQUEST']._serialized_end=422
+  _globals['_HELLO']._serialized_start=424
+  _globals['_HELLO']._serialized_end=451
+  _globals['_SUBMIT']._serialized_start=454
+  _globals['_SUBMIT']._serialized_end=759
+  _globals['_ABORT']._serialized_start=761
+  _globals['_ABORT']._serialized_end=808
+  _globals['_DETACH']._serialized_start=810
+  _globals['_DETACH']._serialized_end=858
+  _globals['_CLAIM']._serialized_start=861
+  _globals['_CLAIM']._serialized_end=1029
+  _globals['_RELEASE']._serialized_start=1031
+  _globals['_RELEASE']._serialized_end=1112
+  _globals['_CANCELCLAIM']._serialized_start=1114
+  _globals['_CANCELCLAIM']._serialized_end=1163
+  _globals['_SESSIONRESPONSE']._serialized_start=1166
+  _globals['_SESSIONRESPONSE']._serialized_end=1418
+  _globals['_CLAIMED']._serialized_start=1420
+  _globals['_CLAIMED']._serialized_end=1540
+  _globals['_CANCELLED']._serialized_start=1542
+  _globals['_CANCELLED']._serialized_end=1573
+  _globals['_TOKENEVENTS']._serialized_start=1575
+  _globals['_TOKENEVENTS']._serialized_end=1631
+  _globals['_TOKENEVENT']._serialized_start=1634
+  _globals['_TOKENEVENT']._serialized_end=1985
+  _globals['_REFUSAL']._serialized_start=1988
+  _globals['_REFUSAL']._serialized_end=2194
+  _globals['_VIOLATION']._serialized_start=2196
+  _globals['_VIOLATION']._serialized_end=2243
+  _globals['_GATEWAYSERVICE']._serialized_start=2645
+  _globals['_GATEWAYSERVICE']._serialized_end=2739
 # @@protoc_insertion_point(module_scope)
