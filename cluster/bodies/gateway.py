@@ -5,7 +5,7 @@ import os
 from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
-from cluster.endpoint import GatewayEndpoint
+from cluster.endpoint import EndpointOptions, GatewayEndpoint
 from cluster.runtime import node_address, node_name
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
 from workers.dispatch.options import DispatchOptions, Transport
@@ -25,6 +25,7 @@ class GatewayBody(Process):
         super().__init__(Role.GATEWAY, member, config.telemetry, metrics_port=port)
         self._rank = rank
         self._drain_s = config.gateways.drain_s
+        self._endpoint_options = EndpointOptions(max_window_s=config.gateways.max_resume_window_s)
         self._host = host or node_address()
         self._worker = GatewayWorker(
             GatewaySpec(
@@ -60,7 +61,7 @@ class GatewayBody(Process):
         self._worker.start()
         if self._rank:
             return None
-        self._endpoint = GatewayEndpoint(self._worker, f"{self._host}:0")
+        self._endpoint = GatewayEndpoint(self._worker, f"{self._host}:0", self._endpoint_options)
         endpoint = self._loop.run(self._endpoint.start(), timeout_s=30.0)
         return Opened(pid=os.getpid(), node=node_name(), endpoint=endpoint)
 
@@ -104,6 +105,7 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         bit_stable=config.dispatch.bit_stable,
         dtype=config.model.dtype,
         num_threads=section.threads,
+        sibling_silence_s=section.sibling_silence_s,
         device=device,
         dispatch=DispatchOptions(
             transport=Transport(config.dispatch.transport),
