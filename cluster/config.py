@@ -78,6 +78,10 @@ class GatewaySection(ProcessSection):
     `snapshot_tokens` would cost more, they are taken more rarely. 0 sets no bound."""
     snapshot_store_bytes: PositiveCount = 2**30
     """Most bytes of snapshots that a gateway keeps for others, in host memory."""
+    max_resume_window_s: Seconds = 600.0
+    """The longest time for which a request is kept without its client, whatever it asks for."""
+    sibling_silence_s: Seconds = 3.0
+    """Silence of a rank after which the others give the gateway up."""
 
 
 class ExpertSection(ProcessSection):
@@ -154,6 +158,8 @@ class FrontDoorSection(ProcessSection):
     """Those of them without a token yet."""
     gateway_wait_s: Seconds = 60.0
     """How long a request waits when no gateway can take it."""
+    gateway_silence_s: Seconds = 2.0
+    """Silence after which a gateway's requests go on elsewhere."""
     max_message_bytes: PositiveCount = 16 * 2**20
     drain_s: Seconds = 30.0
 

@@ -5,18 +5,21 @@ The engine runs in its own thread and the streams on an event loop; neither wait
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import grpc
 import structlog
 
 from cluster import wire
+from cluster.ownership.directory import Claim, Directory
+from cluster.ownership.holdings import Holdings, ServingGateway
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from cluster.snapshots import SnapshotServicer, SnapshotSource
+from workers.clock import Clock, SystemClock
 from workers.errors import ExpertmeshError
 from workers.gateway.snapshot import Snapshot, Stamp
-from workers.types import GatewayStats, Request, SnapshotPlace, TokenEvent
+from workers.types import Request, SnapshotPlace, TokenEvent
 
 _log = structlog.get_logger()
 
@@ -28,30 +31,19 @@ _SERVER_OPTIONS = (
 )
 
 
-class ServingGateway(Protocol):
-    """What the endpoint needs of rank 0 of a gateway. No call may block."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointOptions:
+    """What can be set at a gateway's endpoint.
 
-    @property
-    def failure(self) -> str | None:
-        """Why the engine has stopped for good; None while it runs."""
-        ...
+    Each front door is told the gateway's load every `stats_interval_s`. No request is kept for
+    longer than `max_window_s` without a client; ended ones as long as they have no more than
+    `max_kept_tokens` together.
+    """
 
-    def submit(
-        self,
-        request: Request,
-        sink: Callable[[Sequence[TokenEvent]], None],
-        snapshots: Mapping[int, Snapshot] = ...,
-    ) -> None:
-        """Take a request; its events go to the sink, from any thread. Raises at once."""
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """Free a request's sequences; one that is not there is no error."""
-        ...
-
-    def stats(self) -> GatewayStats:
-        """Return load and counters."""
-        ...
+    stats_interval_s: float = 0.25
+    max_window_s: float = 600.0
+    max_kept_tokens: int = 2_000_000
+    tick_s: float = 0.1
 
 
 class GatewayEndpoint:
@@ -60,7 +52,8 @@ class GatewayEndpoint:
     Args:
         worker: Rank 0 of the gateway.
         listen: HOST:PORT; port 0 takes a free one.
-        stats_interval_s: How often each front door is told the gateway's load.
+        options: Its settings.
+        clock: Measures for how long something is kept.
         keeper: Keeps the snapshots of other gateways; without one it keeps none.
         source: Finds the snapshots that requests name; without one all are computed again.
     """
@@ -69,15 +62,18 @@ class GatewayEndpoint:
         self,
         worker: ServingGateway,
         listen: str,
+        options: EndpointOptions | None = None,
         *,
-        stats_interval_s: float = 0.25,
+        clock: Clock | None = None,
         keeper: SnapshotServicer | None = None,
         source: SnapshotSource | None = None,
     ) -> None:
         self._listen = listen
         self._server: grpc.aio.Server | None = None
         self._keeper = keeper
-        self._servicer = _Servicer(worker, stats_interval_s, source)
+        self._servicer = _Servicer(
+            worker, options or EndpointOptions(), clock or SystemClock(), source
+        )
 
     async def start(self) -> str:
         """Listen, and return HOST:PORT."""
@@ -87,6 +83,7 @@ class GatewayEndpoint:
             gateway_pb2_grpc.add_SnapshotServiceServicer_to_server(self._keeper, self._server)
         port = self._server.add_insecure_port(self._listen)
         await self._server.start()
+        self._servicer.start()
         return f"{self._listen.rpartition(':')[0]}:{port}"
 
     def report(self, stamp: Stamp, holder: str) -> None:
@@ -94,24 +91,57 @@ class GatewayEndpoint:
         self._servicer.report(stamp, holder)
 
     async def close(self) -> None:
-        """End every stream and stop listening."""
+        """End every stream and stop listening; what was kept is freed."""
         if self._server is not None:
             await self._server.stop(grace=None)
+        self._servicer.close()
 
 
 class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
     def __init__(
-        self, worker: ServingGateway, stats_interval_s: float, source: SnapshotSource | None
+        self,
+        worker: ServingGateway,
+        options: EndpointOptions,
+        clock: Clock,
+        source: SnapshotSource | None,
     ) -> None:
         self._worker = worker
-        self._stats_interval_s = stats_interval_s
+        self._options = options
+        self._clock = clock
         self._source = source
+        self._fetching: dict[str, _Fetch] = {}
         self._sessions: dict[str, _Session] = {}
+        self._directory = Directory()
+        self._holdings = Holdings(
+            worker,
+            self._sink,
+            clock,
+            max_window_s=options.max_window_s,
+            max_kept_tokens=options.max_kept_tokens,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticking: asyncio.Task[None] | None = None
+        self._emitted: deque[TokenEvent] = deque()
+        self._waking = False
+
+    def start(self) -> None:
+        """Begin to measure windows, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._ticking = self._loop.create_task(self._tick())
+
+    def close(self) -> None:
+        """Free everything."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+        self._loop = None
+        for request_id in list(self._fetching):
+            self._stop_fetching(request_id)
+        self._holdings.clear()
 
     def report(self, stamp: Stamp, holder: str) -> None:
-        """Tell whichever session has the request."""
-        for session in self._sessions.values():
-            session.snapshot(stamp, holder)
+        """Tell whoever listens to a request that a snapshot of it is whole."""
+        place = SnapshotPlace(stamp.sequence_index, stamp.position, holder)
+        self._holdings.snapshot(stamp.request_id, stamp.assignment, place)
 
     async def Session(  # type: ignore[override]  # writes: a broken stream is noticed in here
         self,
@@ -119,169 +149,243 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
         context: grpc.aio.ServicerContext[gateway_pb2.SessionRequest, gateway_pb2.SessionResponse],
     ) -> None:
         """Serve one front door until its stream, or the gateway, breaks."""
-        session = _Session(self._worker, self._source)
+        session = _Session()
         reader = asyncio.create_task(self._read(request_iterator, session))
         reader.add_done_callback(session.reader_ended)
         try:
             await context.write(self._stats())
             while not session.ended:
-                report = await session.report(self._stats_interval_s)
+                report = await session.report(self._options.stats_interval_s)
                 if self._worker.failure is not None:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._worker.failure)
                 await context.write(report or self._stats())
         finally:
             reader.cancel()
-            session.close()
+            self._close(session)
 
     async def _read(
         self, commands: AsyncIterator[gateway_pb2.SessionRequest], session: "_Session"
     ) -> None:
         async for command in commands:
-            match command.WhichOneof("command"):
-                case "hello":
-                    older = self._sessions.get(command.hello.front_door)
-                    if older is not None:  # its stream is dead, and this end does not know yet
-                        older.close()
-                    self._sessions[command.hello.front_door] = session
-                case "submit":
-                    session.submit(command.submit)
-                case "abort":
-                    session.abort(command.abort)
-                case None:
-                    pass  # a kind of command that this version does not know
+            if not session.ended:
+                self._obey(command, session)
+
+    def _obey(self, command: gateway_pb2.SessionRequest, session: "_Session") -> None:
+        match command.WhichOneof("command"):
+            case "hello":
+                self._greet(command.hello, session)
+            case "submit":
+                self._submit(command.submit, session)
+            case "abort":
+                self._stop_fetching(command.abort.request_id, command.abort.assignment)
+                self._holdings.abort(command.abort.request_id, command.abort.assignment)
+            case "detach":
+                self._stop_fetching(command.detach.request_id, command.detach.assignment)
+                self._holdings.detach(command.detach.request_id, command.detach.assignment)
+            case "claim" if command.claim.assignment:
+                self._tell(self._directory.renew(wire.claim_of(command.claim, session.front_door)))
+            case "claim":
+                self._ask(command.claim, session)
+            case "release":
+                claim = wire.released_of(command.release, session.front_door)
+                self._directory.release(claim, self._clock.now_s())
+            case "cancel":
+                self._cancel(command.cancel, session)
+            case None:
+                pass  # a kind of command that this version does not know
+
+    def _greet(self, hello: gateway_pb2.Hello, session: "_Session") -> None:
+        older = self._sessions.get(hello.front_door)
+        if older is not None:  # its stream is dead, and this end does not know yet
+            self._close(older)
+        session.front_door = hello.front_door
+        self._sessions[hello.front_door] = session
+
+    def _submit(self, command: gateway_pb2.Submit, session: "_Session") -> None:
+        """Run or attach a request, after fetching its snapshots if it names some."""
+        request = wire.request_of(command)
+        self._stop_fetching(request.request_id, request.assignment)
+        if self._source is None or not request.snapshots or request.request_id in self._holdings:
+            self._begin(request, session, {})
+            return
+        task = asyncio.create_task(self._fetch_and_begin(self._source, request, session))
+        self._fetching[request.request_id] = _Fetch(request.assignment, session, task)
+
+    async def _fetch_and_begin(
+        self, source: SnapshotSource, request: Request, session: "_Session"
+    ) -> None:
+        snapshots = await source.find(request)
+        del self._fetching[request.request_id]
+        self._begin(request, session, snapshots)
+
+    def _stop_fetching(self, request_id: str, assignment: int | None = None) -> None:
+        """Forget a request that waits for its snapshots, unless a newer assignment of it does."""
+        fetch = self._fetching.get(request_id)
+        if fetch is not None and (assignment is None or fetch.assignment <= assignment):
+            del self._fetching[request_id]
+            fetch.task.cancel()
+
+    def _begin(
+        self, request: Request, session: "_Session", snapshots: Mapping[int, Snapshot]
+    ) -> None:
+        try:
+            self._holdings.submit(request, session, snapshots)
+        except ExpertmeshError as error:
+            session.refuse(request.request_id, request.assignment, error)
+        except Exception as error:  # noqa: BLE001  # the client hears of it
+            _log.exception("submit failed", request_id=request.request_id)
+            failure = ExpertmeshError(f"the gateway failed: {error}")
+            session.refuse(request.request_id, request.assignment, failure)
+
+    def _ask(self, message: gateway_pb2.Claim, session: "_Session") -> None:
+        """Answer who asks for a request; tell who has lost it."""
+        grant = self._directory.ask(
+            wire.claim_of(message, session.front_door),
+            above=message.above,
+            held=message.held,
+            takes_over=message.takes_over,
+        )
+        if grant.assignment:
+            self._tell(grant.previous)
+        session.answer(message.ticket, grant.assignment, grant.previous)
+
+    def _cancel(self, message: gateway_pb2.CancelClaim, session: "_Session") -> None:
+        """Let the front door that has a request end it; if none has, the asking one will."""
+        claim = self._directory.find(message.request_id)
+        if claim is not None and self._directory.is_held(message.request_id):
+            holder = self._sessions.get(claim.front_door)
+            if holder is not None:
+                holder.cancelled(message.request_id)
+                claim = replace(claim, owner="")
+        session.answer(message.ticket, 0, claim)
+
+    def _tell(self, loser: Claim | None) -> None:
+        """Let the front door whose claim was lost know it."""
+        session = self._sessions.get(loser.front_door) if loser is not None else None
+        if session is not None and loser is not None:
+            session.superseded(loser.request_id, loser.assignment)
+
+    def _close(self, session: "_Session") -> None:
+        session.end()
+        for request_id, fetch in list(self._fetching.items()):
+            if fetch.session is session:
+                self._stop_fetching(request_id)
+        if self._sessions.get(session.front_door) is session:
+            del self._sessions[session.front_door]
+            self._directory.front_door_gone(session.front_door, self._clock.now_s())
+        self._holdings.listener_gone(session)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.tick_s)
+            self._holdings.tick()
+            self._directory.tick(self._clock.now_s())
+
+    def _sink(self, events: Sequence[TokenEvent]) -> None:
+        """Take events from the engine's thread; one wake-up covers all until it is answered."""
+        self._emitted.extend(events)
+        loop = self._loop
+        if self._waking or loop is None:
+            return
+        self._waking = True
+        try:
+            loop.call_soon_threadsafe(self._take)
+        except RuntimeError:
+            _log.debug("the endpoint's loop has ended; events are dropped")
+
+    def _take(self) -> None:
+        self._waking = False  # before the events are taken: later ones wake again
+        events = []
+        while self._emitted:
+            events.append(self._emitted.popleft())
+        self._holdings.take(events)
 
     def _stats(self) -> gateway_pb2.SessionResponse:
         return gateway_pb2.SessionResponse(stats=wire.stats_message(self._worker.stats()))
 
 
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """A request that waits for its snapshots."""
+
+    assignment: int
+    session: "_Session"
+    task: asyncio.Task[None]
+
+
 class _Session:
-    """The requests of one front door. All methods but `_sink` run on the event loop."""
+    """What one front door is still to be told."""
 
-    def __init__(self, worker: ServingGateway, source: SnapshotSource | None) -> None:
-        self._worker = worker
-        self._source = source
-        self._fetching: dict[str, asyncio.Task[None]] = {}
-        self._loop = asyncio.get_running_loop()
-        self._events: deque[TokenEvent] = deque()
-        self._reports: deque[gateway_pb2.SessionResponse] = deque()  # beside events
-        self._wake = asyncio.Event()
-        self._waking = False
-        self._live: dict[str, tuple[int, int]] = {}  # request id to (assignment, sequences left)
+    def __init__(self) -> None:
+        self.front_door = ""
         self.ended = False
+        self._events: list[TokenEvent] = []
+        self._reports: deque[gateway_pb2.SessionResponse] = deque()
+        self._wake = asyncio.Event()
 
-    def submit(self, command: gateway_pb2.Submit) -> None:
-        """Hand a request to the engine, with its snapshots if it names some, or note a refusal."""
-        request = wire.request_of(command)
-        self._drop(request.request_id)
-        if self._source is None or not request.snapshots:
-            self._begin(request, {})
-            return
-        task = asyncio.create_task(self._fetch_and_begin(self._source, request))
-        self._fetching[request.request_id] = task
-        self._live[request.request_id] = (request.assignment, request.num_sequences)
+    def push(self, events: Iterable[TokenEvent]) -> None:
+        """Tell new tokens."""
+        self._events.extend(events)
+        self._wake.set()
 
-    def abort(self, command: gateway_pb2.Abort) -> None:
-        """Free a request, unless a newer assignment of it is running."""
-        assignment, _ = self._live.get(command.request_id, (None, 0))
-        if assignment == command.assignment:
-            self._drop(command.request_id)
+    def refuse(self, request_id: str, assignment: int, error: ExpertmeshError) -> None:
+        """Tell why a request is not taken."""
+        refusal = wire.refusal_message(request_id, assignment, error)
+        self._say(gateway_pb2.SessionResponse(refusal=refusal))
 
-    def snapshot(self, stamp: Stamp, holder: str) -> None:
-        """Report a whole snapshot, if it is of one of this session's requests."""
-        assignment, _ = self._live.get(stamp.request_id, (None, 0))
-        if assignment == stamp.assignment:
-            place = SnapshotPlace(stamp.sequence_index, stamp.position, holder)
-            report = gateway_pb2.SnapshotReport(
-                request_id=stamp.request_id,
-                assignment=stamp.assignment,
-                place=wire.place_message(place),
-            )
-            self._reports.append(gateway_pb2.SessionResponse(snapshot=report))
-            self._wake.set()
+    def held(self, request_id: str, assignment: int, place: SnapshotPlace) -> None:
+        """Tell where a snapshot is whole now."""
+        report = gateway_pb2.SnapshotReport(
+            request_id=request_id, assignment=assignment, place=wire.place_message(place)
+        )
+        self._say(gateway_pb2.SessionResponse(snapshot=report))
+
+    def superseded(self, request_id: str, assignment: int) -> None:
+        """Tell that another call has taken a request over."""
+        refusal = gateway_pb2.Refusal(
+            request_id=request_id,
+            assignment=assignment,
+            reason=gateway_pb2.REFUSAL_REASON_SUPERSEDED,
+        )
+        self._say(gateway_pb2.SessionResponse(refusal=refusal))
+
+    def answer(self, ticket: int, assignment: int, known: Claim | None) -> None:
+        """Answer a question to the directory."""
+        claimed = wire.claimed_message(ticket, assignment, known)
+        self._say(gateway_pb2.SessionResponse(claimed=claimed))
+
+    def cancelled(self, request_id: str) -> None:
+        """Tell that somebody wants a request to end."""
+        cancelled = gateway_pb2.Cancelled(request_id=request_id)
+        self._say(gateway_pb2.SessionResponse(cancelled=cancelled))
 
     async def report(self, timeout_s: float) -> gateway_pb2.SessionResponse | None:
-        """Return everything that is new as one message, or None when nothing came in time."""
-        if not self._reports:
+        """Return the next message, or None when there is nothing new in time."""
+        if not (self._reports or self._events):
+            self._wake.clear()
             try:
                 await asyncio.wait_for(self._wake.wait(), timeout_s)
             except TimeoutError:
                 return None
         if self._reports:
             return self._reports.popleft()
-        self._wake.clear()
-        self._waking = False  # before the events are taken: later ones wake again
-        events = gateway_pb2.TokenEvents()
-        while self._events:
-            event = self._events.popleft()
-            self._count(event)
-            events.events.append(wire.event_message(event))
-        return gateway_pb2.SessionResponse(events=events) if events.events else None
+        if not self._events:
+            return None
+        events, self._events = self._events, []
+        messages = [wire.event_message(event) for event in events]
+        return gateway_pb2.SessionResponse(events=gateway_pb2.TokenEvents(events=messages))
 
     def reader_ended(self, reader: "asyncio.Task[None]") -> None:
         """Let the stream end when no more commands can come."""
         if not reader.cancelled() and (error := reader.exception()) is not None:
             _log.warning("a front door's stream broke", reason=repr(error))
-        self._end()
+        self.end()
 
-    def close(self) -> None:
-        """Free whatever is still running, and end."""
-        for request_id in tuple(self._live):
-            self._drop(request_id)
-        self._end()
-
-    def _begin(self, request: Request, snapshots: Mapping[int, Snapshot]) -> None:
-        try:
-            self._worker.submit(request, self._sink, snapshots)
-        except ExpertmeshError as error:
-            self._refuse(request, error)
-        except Exception as error:  # noqa: BLE001  # the client hears of it
-            _log.exception("submit failed", request_id=request.request_id)
-            self._refuse(request, ExpertmeshError(f"the gateway failed: {error}"))
-        else:
-            self._live[request.request_id] = (request.assignment, request.num_sequences)
-
-    async def _fetch_and_begin(self, source: SnapshotSource, request: Request) -> None:
-        snapshots = await source.find(request)
-        del self._fetching[request.request_id]
-        self._begin(request, snapshots)
-
-    def _drop(self, request_id: str) -> None:
-        """Free a request, wherever it stands; one that is not there is no error."""
-        if self._live.pop(request_id, None) is None:
-            return
-        fetching = self._fetching.pop(request_id, None)
-        if fetching is not None:
-            fetching.cancel()
-        else:
-            self._worker.abort(request_id)
-
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Let the stream end."""
         self.ended = True
         self._wake.set()
 
-    def _refuse(self, request: Request, error: ExpertmeshError) -> None:
-        self._live.pop(request.request_id, None)
-        refusal = wire.refusal_message(request.request_id, request.assignment, error)
-        self._reports.append(gateway_pb2.SessionResponse(refusal=refusal))
+    def _say(self, report: gateway_pb2.SessionResponse) -> None:
+        self._reports.append(report)
         self._wake.set()
-
-    def _sink(self, events: Sequence[TokenEvent]) -> None:
-        """Take events from the engine's thread; one wake-up covers all until it is answered."""
-        self._events.extend(events)
-        if self._waking or self.ended:
-            return
-        self._waking = True
-        try:
-            self._loop.call_soon_threadsafe(self._wake.set)
-        except RuntimeError:
-            _log.debug("the endpoint's loop has ended; events are dropped")
-
-    def _count(self, event: TokenEvent) -> None:
-        """Forget a request whose sequences have all ended."""
-        assignment, left = self._live.get(event.request_id, (None, 0))
-        if event.finish is None or assignment != event.assignment:
-            return
-        if left > 1:
-            self._live[event.request_id] = (event.assignment, left - 1)
-        else:
-            del self._live[event.request_id]

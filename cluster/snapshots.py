@@ -160,9 +160,7 @@ class SnapshotClient:
     async def release(self, ended: Ended, holder: Holder) -> None:
         """Say that a sequence has left; a holder that is out of reach hears of it otherwise."""
         try:
-            await self._stub(holder.endpoint).Release(
-                wire.release_message(ended), timeout=_RELEASE_S
-            )
+            await self._stub(holder.endpoint).Release(wire.ended_message(ended), timeout=_RELEASE_S)
         except grpc.aio.AioRpcError as error:
             _log.debug("a snapshot was not released", holder=holder.member, why=error.details())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from cluster.ownership.directory import Claim
 from cluster.pb.expertmesh.v1 import cluster_pb2, gateway_pb2, inference_pb2
 from workers.errors import (
     DrainingError,
@@ -9,8 +10,10 @@ from workers.errors import (
     ExpertmeshError,
     FieldViolation,
     InvalidRequestError,
+    IsolatedError,
     OverloadedError,
     SnapshotError,
+    StaleAssignmentError,
 )
 from workers.gateway.snapshot import Ended, Shard, Stamp, Verdict
 from workers.model.packed import PackedShard
@@ -42,6 +45,11 @@ _VERDICTS = {
     Verdict.REFUSED: gateway_pb2.SNAPSHOT_VERDICT_REFUSED,
 }
 _VERDICT_OF = {number: verdict for verdict, number in _VERDICTS.items()}
+_PLAIN_REFUSALS: dict[int, type[ExpertmeshError]] = {
+    gateway_pb2.REFUSAL_REASON_DUPLICATE: DuplicateRequestError,
+    gateway_pb2.REFUSAL_REASON_DRAINING: DrainingError,
+    gateway_pb2.REFUSAL_REASON_ISOLATED: IsolatedError,
+}
 _STATS = tuple(
     name
     for name in GatewayStats.__dataclass_fields__
@@ -68,6 +76,8 @@ def submit_message(request: Request) -> gateway_pb2.Submit:
         ),
         emitted=[inference_pb2.TokenIds(ids=ids) for ids in request.emitted],
         snapshots=[place_message(place) for place in request.snapshots],
+        resume_window_s=request.resume_window_s,
+        deaths=request.deaths,
     )
 
 
@@ -116,6 +126,8 @@ def request_of(message: gateway_pb2.Submit) -> Request:
         num_sequences=sampling.num_sequences,
         emitted=tuple(tuple(tokens.ids) for tokens in message.emitted),
         snapshots=tuple(map(place_of, message.snapshots)),
+        resume_window_s=message.resume_window_s,
+        deaths=message.deaths,
     )
 
 
@@ -199,6 +211,65 @@ def _logprob_of(message: inference_pb2.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(message.token_id, message.logprob, top)
 
 
+def claim_message(claim: Claim) -> gateway_pb2.Claim:
+    """Return a claim as a front door renews it; the session says whose it is."""
+    return gateway_pb2.Claim(
+        request_id=claim.request_id,
+        assignment=claim.assignment,
+        owner=claim.owner,
+        resume_window_s=claim.resume_window_s,
+        deaths=claim.deaths,
+    )
+
+
+def claim_of(message: gateway_pb2.Claim, front_door: str) -> Claim:
+    """Return the claim that a front door renews or asks for."""
+    return Claim(
+        request_id=message.request_id,
+        assignment=message.assignment,
+        owner=message.owner,
+        front_door=front_door,
+        resume_window_s=message.resume_window_s,
+        deaths=message.deaths,
+    )
+
+
+def release_message(claim: Claim) -> gateway_pb2.Release:
+    """Return a claim as a front door gives it up; its window is how long it is to be known."""
+    return gateway_pb2.Release(
+        request_id=claim.request_id,
+        assignment=claim.assignment,
+        keep_s=claim.resume_window_s,
+        deaths=claim.deaths,
+    )
+
+
+def released_of(message: gateway_pb2.Release, front_door: str) -> Claim:
+    """Return the claim that a front door gives up."""
+    return Claim(
+        request_id=message.request_id,
+        assignment=message.assignment,
+        owner="",
+        front_door=front_door,
+        resume_window_s=message.keep_s,
+        deaths=message.deaths,
+    )
+
+
+def claimed_message(ticket: int, assignment: int, known: Claim | None) -> gateway_pb2.Claimed:
+    """Return the directory's answer: the number that it grants, and the claim before."""
+    if known is None:
+        return gateway_pb2.Claimed(ticket=ticket, assignment=assignment)
+    return gateway_pb2.Claimed(
+        ticket=ticket,
+        assignment=assignment,
+        is_known=True,
+        owner=known.owner,
+        owner_assignment=known.assignment,
+        deaths=known.deaths,
+    )
+
+
 def stats_message(stats: GatewayStats) -> cluster_pb2.GatewayStats:
     """Return a gateway's load and counters as they travel."""
     return cluster_pb2.GatewayStats(
@@ -236,6 +307,11 @@ def refusal_message(
             refusal.retry_after_s = error.retry_after_s
         case DrainingError():
             refusal.reason = gateway_pb2.REFUSAL_REASON_DRAINING
+        case StaleAssignmentError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_STALE
+            refusal.held_assignment = error.held
+        case IsolatedError():
+            refusal.reason = gateway_pb2.REFUSAL_REASON_ISOLATED
         case _:
             pass  # the gateway failed
     return refusal
@@ -248,14 +324,12 @@ def error_of(refusal: gateway_pb2.Refusal) -> ExpertmeshError:
             return InvalidRequestError(
                 *(FieldViolation(v.field, v.description) for v in refusal.violations)
             )
-        case gateway_pb2.REFUSAL_REASON_DUPLICATE:
-            return DuplicateRequestError(refusal.message)
         case gateway_pb2.REFUSAL_REASON_OVERLOADED:
             return OverloadedError(refusal.message, refusal.retry_after_s)
-        case gateway_pb2.REFUSAL_REASON_DRAINING:
-            return DrainingError(refusal.message)
+        case gateway_pb2.REFUSAL_REASON_STALE:
+            return StaleAssignmentError(refusal.message, refusal.held_assignment)
         case _:
-            return ExpertmeshError(refusal.message)
+            return _PLAIN_REFUSALS.get(refusal.reason, ExpertmeshError)(refusal.message)
 
 
 def shard_head(shard: Shard) -> gateway_pb2.ShardHead:
@@ -320,7 +394,7 @@ def verdict_of(message: gateway_pb2.PushResponse) -> Verdict:
     return _VERDICT_OF.get(message.verdict, Verdict.REFUSED)
 
 
-def release_message(ended: Ended) -> gateway_pb2.ReleaseRequest:
+def ended_message(ended: Ended) -> gateway_pb2.ReleaseRequest:
     """Return the word that a sequence has left its gateway."""
     return gateway_pb2.ReleaseRequest(
         request_id=ended.request_id,

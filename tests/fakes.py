@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.ownership.directory import Claim, Grant
 from workers.errors import DrainingError, DuplicateRequestError, OverloadedError
 from workers.gateway.snapshot import Snapshot
 from workers.types import FinishReason, GatewayStats, Request, TokenEvent, TokenLogprob
@@ -159,3 +160,16 @@ class FakeGateway:
             stop_token_id=stop_token_id,
             cached_tokens=1,
         )
+
+
+class LoneOwnership:
+    """Claims of the only front door there is: granted, and nobody else's."""
+
+    async def take(self, holder: object, *, above: int, held: int, takes_over: bool) -> Grant:
+        return Grant(above + 1)
+
+    def hold(self, holder: object) -> None:
+        return None
+
+    def release(self, claim: Claim) -> None:
+        return None

@@ -6,6 +6,8 @@ ExpertmeshError
 ├── DuplicateRequestError    the request id is in flight (ALREADY_EXISTS)
 ├── OverloadedError          the queue is full; try again later (RESOURCE_EXHAUSTED)
 ├── DrainingError            this process takes no new work (UNAVAILABLE)
+├── StaleAssignmentError     a newer assignment of the request is there (ABORTED)
+├── IsolatedError            two suspects of gateway deaths do not run together (UNAVAILABLE)
 ├── UnavailableError         nothing that could serve it was there in time (UNAVAILABLE)
 ├── UnauthenticatedError     the caller did not prove who it is (UNAUTHENTICATED)
 ├── PermissionDeniedError    the caller is known and may not do this (PERMISSION_DENIED)
@@ -64,6 +66,18 @@ class OverloadedError(ExpertmeshError):
 
 class DrainingError(ExpertmeshError):
     """This process finishes what it has and takes no new work."""
+
+
+class StaleAssignmentError(ExpertmeshError):
+    """A newer assignment of the request is at the gateway: `held` is its number."""
+
+    def __init__(self, message: str, held: int) -> None:
+        super().__init__(message)
+        self.held = held
+
+
+class IsolatedError(ExpertmeshError):
+    """Another request that was present at gateway deaths runs there; no two of them do at once."""
 
 
 class UnavailableError(ExpertmeshError):

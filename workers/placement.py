@@ -45,8 +45,9 @@ class Member:
     """A member as everybody sees it.
 
     `endpoint` is where its gRPC server listens (front doors, gateways). `stores` holds, for a
-    gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened.
-    `metrics` is the HOST:PORT of its Prometheus page. `settings` names what it was started with.
+    gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened; `pids`
+    one process per rank. `metrics` is the HOST:PORT of its Prometheus page. `settings` names what
+    it was started with.
     """
 
     id: MemberId
@@ -54,6 +55,7 @@ class Member:
     state: MemberState
     node: str = ""
     pid: int = 0
+    pids: tuple[int, ...] = ()
     endpoint: str = ""
     metrics: str = ""
     stores: tuple[str, ...] = ()

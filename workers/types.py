@@ -63,7 +63,8 @@ class Request:
 
     `assignment` fences the owner of the request: events carry it, older ones are dropped.
     `emitted` holds, per sequence, the tokens that the client already has (resumption), and
-    `snapshots` where to find what need not be computed again.
+    `snapshots` where to find what need not be computed again. For `resume_window_s` it is kept when
+    its client is gone, or when it has ended. `deaths` counts the gateways that died with it.
     """
 
     request_id: str
@@ -75,6 +76,8 @@ class Request:
     assignment: int = 0
     emitted: tuple[tuple[int, ...], ...] = ()
     snapshots: tuple[SnapshotPlace, ...] = ()
+    resume_window_s: float = 0.0
+    deaths: int = 0
 
 
 class FinishReason(Enum):

@@ -93,6 +93,7 @@ class FrontDoorBody(Process):
                 max_message_bytes=section.max_message_bytes,
                 max_waiting=section.max_waiting,
                 gateway_wait_s=section.gateway_wait_s,
+                gateway_silence_s=section.gateway_silence_s,
                 experts_in_gateway=config.experts.workers == 0,
             ),
             ModelInfo.load(

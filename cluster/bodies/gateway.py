@@ -6,7 +6,7 @@ from dataclasses import replace
 from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
-from cluster.endpoint import GatewayEndpoint
+from cluster.endpoint import EndpointOptions, GatewayEndpoint
 from cluster.runtime import node_address, node_name
 from cluster.snapshots import SnapshotClient, SnapshotServicer, SnapshotSource
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
@@ -33,6 +33,7 @@ class GatewayBody(Process):
         self._member = member
         self._rank = rank
         self._drain_s = config.gateways.drain_s
+        self._endpoint_options = EndpointOptions(max_window_s=config.gateways.max_resume_window_s)
         self._host = host or node_address()
         self._worker = GatewayWorker(
             GatewaySpec(
@@ -108,6 +109,7 @@ class GatewayBody(Process):
         self._endpoint = GatewayEndpoint(
             self._worker,
             f"{self._host}:0",
+            self._endpoint_options,
             keeper=SnapshotServicer(self._store),
             source=self._source,
         )
@@ -155,6 +157,7 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         num_threads=section.threads,
         snapshot_tokens=section.snapshot_tokens,
         snapshot_token_bytes=section.snapshot_token_bytes,
+        sibling_silence_s=section.sibling_silence_s,
         device=device,
         dispatch=DispatchOptions(
             transport=Transport(config.dispatch.transport),

@@ -8,10 +8,10 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import grpc
 
+from cluster.chaos.doors import Doors
 from cluster.chaos.stalls import Window
 from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
 from workers.clock import Clock
@@ -34,6 +34,23 @@ class Fault(Enum):
     JOIN = "join"
     DRAIN = "drain"
     KILL_CONTROLLER = "kill controller"
+    KILL_GATEWAY = "kill gateway"
+    FREEZE_GATEWAY = "freeze gateway"
+    KILL_FRONT_DOOR = "kill front door"
+    KILL_BOTH = "kill front door and gateway"
+    CUT = "cut connections"
+
+
+_ENDS_ITS_MEMBERS = frozenset(
+    {
+        Fault.KILL,
+        Fault.KILL_TWO,
+        Fault.KILL_CONTROLLER,
+        Fault.KILL_GATEWAY,
+        Fault.KILL_FRONT_DOOR,
+        Fault.KILL_BOTH,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +78,10 @@ def draw_faults(counts: dict[Fault, int], seed: int) -> list[Fault]:
 
 
 class Saboteur:
-    """Does faults to the cluster behind a front door; only to processes of this machine.
+    """Does faults to the cluster behind front doors; only to processes of this machine.
 
     Args:
-        stub: A `ClusterServiceStub` of grpc.aio.
+        doors: Where the cluster is asked.
         seed: Draws moments and victims.
         clock: That of the load, so that windows and arrivals compare.
         progress: Called with what was done.
@@ -72,16 +89,17 @@ class Saboteur:
 
     def __init__(
         self,
-        stub: Any,  # noqa: ANN401
+        doors: Doors,
         *,
         seed: int,
         clock: Clock,
         progress: Callable[[Done], None] = lambda _done: None,
     ) -> None:
-        self._stub = stub
+        self._doors = doors
         self._clock = clock
         self._progress = progress
         self._draw = random.Random(f"{seed}/victims")  # noqa: S311 - a load, not a secret
+        self._mortal: set[int] = set()  # processes that must end, since one of their member's did
         self.done: list[Done] = []
 
     async def run(self, faults: Sequence[Fault]) -> None:
@@ -90,9 +108,14 @@ class Saboteur:
         Raises UnavailableError when it is not whole again in time.
         """
         actions: dict[Fault, Callable[[], Awaitable[tuple[str, ...]]]] = {
-            Fault.KILL: lambda: self._kill(1),
-            Fault.KILL_TWO: lambda: self._kill(2),
-            Fault.FREEZE: self._freeze,
+            Fault.KILL: lambda: self._kill(pb.ROLE_EXPERT_WORKER),
+            Fault.KILL_TWO: lambda: self._kill(pb.ROLE_EXPERT_WORKER, pb.ROLE_EXPERT_WORKER),
+            Fault.FREEZE: lambda: self._freeze(pb.ROLE_EXPERT_WORKER),
+            Fault.KILL_GATEWAY: lambda: self._kill(pb.ROLE_GATEWAY),
+            Fault.FREEZE_GATEWAY: lambda: self._freeze(pb.ROLE_GATEWAY),
+            Fault.KILL_FRONT_DOOR: lambda: self._kill(pb.ROLE_FRONT_DOOR),
+            Fault.KILL_BOTH: lambda: self._kill(pb.ROLE_FRONT_DOOR, pb.ROLE_GATEWAY),
+            Fault.CUT: self._cut,
             Fault.JOIN: lambda: self._scale(1),
             Fault.DRAIN: lambda: self._scale(-1),
             Fault.KILL_CONTROLLER: self._kill_controller,
@@ -102,7 +125,7 @@ class Saboteur:
             start_s = self._clock.now_s()
             members = await actions[fault]()
             acted_s = self._clock.now_s()
-            ended = members if fault in {Fault.KILL, Fault.KILL_TWO, Fault.KILL_CONTROLLER} else ()
+            ended = members if fault in _ENDS_ITS_MEMBERS else ()
             await self.whole(without=ended)
             now_s = self._clock.now_s()
             end_s = max(
@@ -113,8 +136,8 @@ class Saboteur:
     async def whole(self, without: Collection[str] = ()) -> pb.ClusterStatus:
         """Wait until as many members serve as are wanted, and every copy is there.
 
-        `without` names members that the controller must first have noticed to be gone. Raises
-        UnavailableError after some minutes.
+        `without` names members that the controller must first have noticed to be gone; no process
+        of theirs may be left. Raises UnavailableError after some minutes.
         """
         deadline_s = self._clock.now_s() + _RECOVERY_S
         reasons: Sequence[str] = ()
@@ -128,6 +151,7 @@ class Saboteur:
                     and all(pool.serving == pool.wanted for pool in status.pools)
                     and not any(member.leaving for member in status.members)
                     and known.isdisjoint(without)
+                    and not self._survivors()
                 ):
                     return status
                 reasons = status.reasons
@@ -151,7 +175,7 @@ class Saboteur:
         if wanted == count:
             return
         start_s = self._clock.now_s()
-        await self._stub.Scale(pb.ScaleRequest(role=role, count=count), timeout=_RPC_S)
+        await self._doors.ask("Scale", pb.ScaleRequest(role=role, count=count), _RPC_S)
         await self.whole()
         name = pb.Role.Name(role).removeprefix("ROLE_").lower().replace("_", " ")
         self._note(
@@ -168,41 +192,64 @@ class Saboteur:
     async def status(self) -> pb.ClusterStatus | None:
         """Return the controller's word; None while there is no controller."""
         try:
-            answer = await self._stub.GetStatus(pb.GetStatusRequest(), timeout=_RPC_S)
-        except grpc.aio.AioRpcError:
+            answer = await self._doors.ask("GetStatus", pb.GetStatusRequest(), _RPC_S)
+        except (grpc.aio.AioRpcError, UnavailableError):
             return None
         status: pb.ClusterStatus = answer.status
         return status
 
-    async def _victims(self, count: int) -> list[pb.Member]:
+    async def _victims(self, *roles: pb.Role.ValueType) -> list[pb.Member]:
+        """Draw one serving member of each role given, none twice."""
         status = await self.whole()
-        serving = [
-            m
-            for m in status.view.members
-            if m.role == pb.ROLE_EXPERT_WORKER and m.state == pb.MEMBER_STATE_ACTIVE
-        ]
-        return self._draw.sample(serving, min(count, len(serving)))
+        left = [m for m in status.view.members if m.state == pb.MEMBER_STATE_ACTIVE]
+        victims = []
+        for role in roles:
+            candidates = [m for m in left if m.role == role]
+            if candidates:
+                victims.append(self._draw.choice(candidates))
+                left.remove(victims[-1])
+        return victims
 
-    async def _kill(self, count: int) -> tuple[str, ...]:
-        victims = await self._victims(count)
+    def _process_of(self, member: pb.Member) -> int:
+        """Draw one process of a member: a gateway has one for each rank."""
+        return self._draw.choice(list(member.pids) or [member.pid])
+
+    async def _kill(self, *roles: pb.Role.ValueType) -> tuple[str, ...]:
+        victims = await self._victims(*roles)
         for victim in victims:
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(self._process_of(victim), signal.SIGKILL)
+            self._mortal.update(victim.pids)
         return tuple(f"{v.name}.{v.incarnation}" for v in victims)
 
-    async def _freeze(self) -> tuple[str, ...]:
-        (victim,) = await self._victims(1)
-        os.kill(victim.pid, signal.SIGSTOP)
+    async def _freeze(self, role: pb.Role.ValueType) -> tuple[str, ...]:
+        (victim,) = await self._victims(role)
+        pid = self._process_of(victim)
+        os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(self._draw.uniform(*_FREEZE_S))
         finally:
-            os.kill(victim.pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it was given up and ended
+                os.kill(pid, signal.SIGCONT)
         return (f"{victim.name}.{victim.incarnation}",)
+
+    async def _cut(self) -> tuple[str, ...]:
+        await self.whole()
+        return self._doors.cut()
+
+    def _survivors(self) -> set[int]:
+        """Return the processes of dead members that are still there."""
+        for pid in list(self._mortal):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                self._mortal.discard(pid)
+        return self._mortal
 
     async def _scale(self, by: int) -> tuple[str, ...]:
         status = await self.whole()
         (wanted,) = [p.wanted for p in status.pools if p.role == pb.ROLE_EXPERT_WORKER]
         request = pb.ScaleRequest(role=pb.ROLE_EXPERT_WORKER, count=wanted + by)
-        await self._stub.Scale(request, timeout=_RPC_S)
+        await self._doors.ask("Scale", request, _RPC_S)
         return ()
 
     async def _kill_controller(self) -> tuple[str, ...]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One request of the load: greedy where `temperature` is 0, `num_sequences` answers."""
+    """One request of the load: greedy where `temperature` is 0, `num_sequences` answers.
+
+    Its client comes back for what it lacks; meanwhile the request is kept for `resume_window_s`.
+    """
 
     number: int
     prompt_token_ids: tuple[int, ...]
@@ -15,6 +18,7 @@ class Ask:
     top_p: float
     seed: int
     num_sequences: int
+    resume_window_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +32,23 @@ class Arrival:
 
 @dataclass(slots=True)
 class Answer:
-    """All that came for one request. `error` is the status that ended it, if one did."""
+    """All that came for one request, over as many calls as it took.
+
+    `error` is the status that ended it, if one did; `breaks` are those after which its client came
+    back.
+    """
 
     ask: Ask
     sent_s: float
     arrivals: dict[int, list[Arrival]] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
     error: str = ""
+    breaks: list[str] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the end of every sequence came."""
+        return len(self.finishes) == self.ask.num_sequences
 
     def token_ids(self, sequence: int) -> list[int]:
         """Return the tokens of a sequence, in order of arrival."""

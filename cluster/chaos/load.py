@@ -6,13 +6,20 @@ from typing import Any
 
 import grpc
 
+from cluster.chaos.doors import Door, Doors
 from cluster.chaos.history import Answer, Arrival, Ask
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from workers.clock import Clock
 
 _PROMPT_TOKENS = (1, 8, 40, 120)
 _MAX_TOKENS = (16, 48, 96, 200)
+_WINDOWS_S = (0.0, 30.0)
 _DEADLINE_S = 600.0
+_MOST_CALLS = 40
+_RETRY_S = (0.05, 0.3)
+# What a client sees of a front door or connection that is gone; its request is none the worse.
+_STATUS_DETAILS = "grpc-status-details-bin"
+_BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 
 
 def draw_ask(seed: int, number: int, vocabulary_size: int) -> Ask:
@@ -28,12 +35,21 @@ def draw_ask(seed: int, number: int, vocabulary_size: int) -> Ask:
         top_p=draw.choice((1.0, 0.9)),
         seed=draw.randrange(2**31),
         num_sequences=draw.choice((1, 1, 1, 1, 1, 2)),
+        resume_window_s=draw.choice(_WINDOWS_S),
     )
 
 
-def message_of(ask: Ask) -> pb.GenerateRequest:
-    """Return a request as it is sent."""
+def message_of(answer: Answer, request_id: str) -> pb.GenerateRequest:
+    """Return a request as it is sent, with all that its client has already."""
+    ask = answer.ask
+    resume_from = [
+        pb.ResumePoint(sequence_index=index, token_ids=answer.token_ids(index))
+        for index in range(ask.num_sequences)
+    ]
     return pb.GenerateRequest(
+        request_id=request_id,
+        resume_window_s=ask.resume_window_s,
+        resume_from=resume_from if answer.breaks else (),
         token_ids=pb.TokenIds(ids=ask.prompt_token_ids),
         sampling=pb.Sampling(
             temperature=ask.temperature,
@@ -50,25 +66,37 @@ def message_of(ask: Ask) -> pb.GenerateRequest:
     )
 
 
+def _is_break(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a stream broke; what a front door says itself is another matter, unless it leaves."""
+    metadata: Any = error.trailing_metadata() or ()
+    is_its_word = any(key == _STATUS_DETAILS for key, _ in metadata)
+    is_leaving = "draining" in (error.details() or "")
+    return error.code() in _BROKEN and (is_leaving or not is_its_word)
+
+
 class Load:
-    """Keeps `concurrency` requests under way until it is told to stop; the last ones finish."""
+    """Keeps `concurrency` requests under way until it is told to stop; the last ones finish.
+
+    A client whose stream breaks comes back through another front door with all that it has.
+    """
 
     def __init__(
         self,
-        stub: Any,  # noqa: ANN401
+        doors: Doors,
         *,
         concurrency: int,
         seed: int,
         vocabulary_size: int,
         clock: Clock,
     ) -> None:
-        self._stub = stub
+        self._doors = doors
         self._concurrency = concurrency
         self._seed = seed
         self._vocabulary_size = vocabulary_size
         self._clock = clock
         self._stopping = False
         self._next = 0
+        self._draw = random.Random(f"{seed}/retries")  # noqa: S311 - a load, not a secret
         self.answers: list[Answer] = []
 
     async def run(self) -> None:
@@ -88,12 +116,27 @@ class Load:
             await self._follow(answer)
 
     async def _follow(self, answer: Answer) -> None:
-        """Send one request and write down all that comes."""
-        try:
-            async for response in self._stub.Generate(message_of(answer.ask), timeout=_DEADLINE_S):
-                self._note(answer, response)
-        except grpc.aio.AioRpcError as error:
-            answer.error = f"{error.code().name}: {error.details()}"
+        """Send one request, again while its stream breaks, and write down all that comes."""
+        request_id = f"load-{self._seed}-{answer.ask.number}"
+        door: Door | None = None
+        while not answer.is_complete:
+            door = self._doors.pick(other_than=door)
+            try:
+                await self._call(door, answer, request_id)
+            except grpc.aio.AioRpcError as error:
+                problem = f"{error.code().name}: {error.details()}"
+                if not _is_break(error) or len(answer.breaks) == _MOST_CALLS:
+                    answer.error = problem
+                    return
+                answer.breaks.append(problem)
+            else:
+                return
+            await asyncio.sleep(self._draw.uniform(*_RETRY_S))
+
+    async def _call(self, door: Door, answer: Answer, request_id: str) -> None:
+        call = door.inference.Generate(message_of(answer, request_id), timeout=_DEADLINE_S)
+        async for response in call:
+            self._note(answer, response)
 
     def _note(self, answer: Answer, response: pb.GenerateResponse) -> None:
         sequence = response.sequence_index

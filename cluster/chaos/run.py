@@ -9,17 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import torch
 
+from cluster.chaos.doors import Connect, Doors
 from cluster.chaos.faults import Done, Fault, Saboteur, draw_faults
 from cluster.chaos.history import Answer, problems_of
 from cluster.chaos.load import Load
 from cluster.chaos.stalls import percentile, stalls_by_kind
 from cluster.chaos.verdict import replays
 from cluster.pb.expertmesh.v1 import cluster_pb2, inference_pb2
-from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
-from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from workers.clock import Clock
 from workers.errors import RefusedError, UnavailableError
 from workers.types import RECOVERY_BOUNDS_S
@@ -57,7 +55,7 @@ async def run_chaos(
     *,
     clock: Clock,
     progress: Callable[[Done], None],
-    connect: Callable[[], grpc.aio.Channel] | None = None,
+    connect: Connect | None = None,
 ) -> Run:
     """Run the load, do the faults, let the last requests finish.
 
@@ -82,17 +80,17 @@ async def run_script(
     *,
     clock: Clock,
     progress: Callable[[Done], None] = lambda _done: None,
-    connect: Callable[[], grpc.aio.Channel] | None = None,
+    connect: Connect | None = None,
 ) -> Run:
     """Run the load beside a script of faults; see `run_chaos`.
 
-    `connect` opens a channel to the server; a cleartext one when it is None.
+    `connect` opens a channel to a front door at HOST:PORT; a cleartext one when it is None.
     """
-    async with connect() if connect else grpc.aio.insecure_channel(server) as channel:
-        inference = InferenceServiceStub(channel)
-        saboteur = Saboteur(
-            ClusterServiceStub(channel), seed=options.seed, clock=clock, progress=progress
-        )
+    doors = Doors(
+        server, seed=options.seed, with_cables=Fault.CUT in options.counts, connect=connect
+    )
+    async with doors.open():
+        saboteur = Saboteur(doors, seed=options.seed, clock=clock, progress=progress)
         status = await saboteur.status()
         if status is None:
             raise UnavailableError(f"{server} has no controller that answers")
@@ -101,9 +99,11 @@ async def run_script(
                 f"the cluster at {server} does not allow chaos: start it with --allow-chaos, "
                 "and never where somebody's requests run"
             )
-        models = await inference.ListModels(inference_pb2.ListModelsRequest(), timeout=10)
+        models = await doors.pick().inference.ListModels(
+            inference_pb2.ListModelsRequest(), timeout=10
+        )
         load = Load(
-            inference,
+            doors,
             concurrency=options.concurrency,
             seed=options.seed,
             vocabulary_size=models.models[0].vocabulary_size,
@@ -148,6 +148,7 @@ def report_of(
         "faults": dict(Counter(done.window.kind for done in run.done)),
         "requests": len(run.answers),
         "sequences": sum(a.ask.num_sequences for a in run.answers),
+        "resumed_calls": sum(len(a.breaks) for a in run.answers),
         "tokens": sum(len(a.token_ids(s)) for a in run.answers for s in a.arrivals),
         "problems": {name: list(found)[:_SHOWN] for name, found in asdict(problems).items()},
         "num_problems": problems.count,

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def chaos_command(
         run_chaos(
             server.address,
             options,
-            connect=server.aio_channel,
+            connect=lambda address: replace(server, address=address).aio_channel(),
             clock=SystemClock(),
             progress=progress,
         )

@@ -259,6 +259,11 @@ def chaos(
     joins: Annotated[int, typer.Option(help="One worker more.")] = 3,
     drains: Annotated[int, typer.Option(help="One worker less.")] = 3,
     controller_kills: Annotated[int, typer.Option(help="SIGKILL of the controller.")] = 0,
+    gateway_kills: Annotated[int, typer.Option(help="SIGKILL of any rank of a gateway.")] = 0,
+    gateway_freezes: Annotated[int, typer.Option(help="SIGSTOP of any rank.")] = 0,
+    front_door_kills: Annotated[int, typer.Option(help="SIGKILL of a front door.")] = 0,
+    both_kills: Annotated[int, typer.Option(help="Of a front door and a gateway at once.")] = 0,
+    cuts: Annotated[int, typer.Option(help="Reset all connections to a front door.")] = 0,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of requests, moments and victims.")] = 0,
     bit_stable: Annotated[
@@ -280,6 +285,8 @@ def chaos(
     counts = {
         Fault.KILL: kills, Fault.KILL_TWO: double_kills, Fault.FREEZE: freezes, Fault.JOIN: joins,
         Fault.DRAIN: drains, Fault.KILL_CONTROLLER: controller_kills,
+        Fault.KILL_GATEWAY: gateway_kills, Fault.FREEZE_GATEWAY: gateway_freezes,
+        Fault.KILL_FRONT_DOOR: front_door_kills, Fault.KILL_BOTH: both_kills, Fault.CUT: cuts,
     }  # fmt: skip
     given = _configuration(None, None, {"model.path": model})
     chaos_command(

@@ -34,6 +34,7 @@ from cluster.control.rollout import next_to_leave, outdated
 from cluster.control.staffing import check_count, staff
 from cluster.control.status import ClusterStatus, MemberStatus, PoolStatus, StepWatch
 from workers.clock import Clock
+from workers.dispatch.tally import LoadReport
 from workers.errors import NotFoundError, RefusedError
 from workers.placement import Member, MemberId, MemberState, Placement, Role, View
 from workers.types import GatewayStats
@@ -225,7 +226,7 @@ class Controller:
         life.asked.discard(process)
         life.heard_s[process] = self._clock.now_s()
         life.pulses[process] = replace(pulse, load=None)
-        if pulse.load is not None:
+        if isinstance(pulse.load, LoadReport):
             self._rebalancer.hear(pulse.load, self._clock.now_s())
         if isinstance(pulse.stats, GatewayStats):
             watch = self._step_watches.setdefault(life.member.id, StepWatch(self._options.stall_s))

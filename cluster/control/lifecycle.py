@@ -129,7 +129,7 @@ def adopted(member: Member, processes: tuple[ProcessId, ...], now_s: float) -> L
     life.enter(Phase.SERVE if serves else Phase.STANDBY, now_s)
     life.opened = {
         process: Opened(
-            pid=member.pid,
+            pid=member.pids[rank] if rank < len(member.pids) else member.pid,
             node=member.node,
             endpoint=member.endpoint,
             store=member.stores[rank] if rank < len(member.stores) else "",
@@ -172,6 +172,7 @@ def _described(member: Member, opened: list[Opened | None]) -> Member:
         member,
         node=first.node,
         pid=first.pid,
+        pids=tuple(o.pid for o in opened if o is not None),
         endpoint=first.endpoint,
         metrics=first.metrics,
         stores=tuple(o.store for o in opened if o is not None and o.store),

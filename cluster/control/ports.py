@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from workers.dispatch.tally import LoadReport
 from workers.placement import MemberId, Role, View
 
 
@@ -172,4 +171,4 @@ class Pulse:
     idle: bool = True
     failure: str = ""
     stats: object = None
-    load: LoadReport | None = None
+    load: object = None  # a `LoadReport`: whoever only reads a status needs no numpy for it

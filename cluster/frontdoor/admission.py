@@ -1,7 +1,7 @@
 """Accept or refuse a request: the rules that its fields keep, and the bound on the queue."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,7 +9,6 @@ from cluster.frontdoor.metrics import FrontDoorMetrics
 from cluster.frontdoor.options import FrontDoorOptions
 from workers.errors import (
     DrainingError,
-    DuplicateRequestError,
     FieldViolation,
     InvalidRequestError,
     OverloadedError,
@@ -25,12 +24,15 @@ _MAX_LIST_LENGTH = 1024
 class Job:
     """A request in full: what the gateway is asked, and what the front door does itself.
 
-    `prompt_field` is the name under which the client sent the prompt.
+    `prompt_field` is the name under which the client sent the prompt. `is_named` says that the
+    client chose the request id, so that it may be in use; `takes_over`, that the client has lost
+    its stream and takes the request from whoever still has it.
     """
 
     request: Request
     stop_strings: tuple[str, ...] = ()
-    resume_window_s: float = 0.0
+    is_named: bool = False
+    takes_over: bool = False
     prompt_field: str = "text"
 
     @property
@@ -157,7 +159,7 @@ def _prompt_violations(job: Job, context_tokens: int, vocab_size: int) -> Iterat
 
 
 def _resume_violations(job: Job, vocab_size: int) -> Iterator[FieldViolation]:
-    yield from _Range(0, _MAX_WINDOW_S).check("resume_window_s", job.resume_window_s)
+    yield from _Range(0, _MAX_WINDOW_S).check("resume_window_s", job.request.resume_window_s)
     for tokens in job.request.emitted:
         if len(tokens) > job.request.stopping.max_tokens >= 1:
             yield FieldViolation(
@@ -185,8 +187,8 @@ class Admission:
     def __init__(self, options: FrontDoorOptions, metrics: FrontDoorMetrics) -> None:
         self._options = options
         self._metrics = metrics
-        self._running: set[Hashable] = set()
-        self._waiting: set[Hashable] = set()
+        self._running: set[object] = set()
+        self._waiting: set[object] = set()
         self._left = asyncio.Event()
         self.is_draining = False
 
@@ -232,17 +234,15 @@ class Admission:
         return True
 
     @contextmanager
-    def admitted(self, key: Hashable, *, is_resumed: bool) -> Iterator[Callable[[], None]]:
+    def admitted(self, *, is_resumed: bool) -> Iterator[Callable[[], None]]:
         """Hold a place for a request; call what is given when its first token is there.
 
         Raises:
-            DuplicateRequestError: A request with this key is in flight.
             DrainingError: This front door takes no new work.
             OverloadedError: The queue is full.
         """
         self.check_room(is_resumed=is_resumed)
-        if key in self._running:
-            raise DuplicateRequestError(f"request {key} is in flight already")
+        key = object()
         self._running.add(key)
         self._waiting.add(key)
         self._note()

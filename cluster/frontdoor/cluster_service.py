@@ -229,6 +229,7 @@ def _member_message(
         state=_STATES[member.state],
         node=member.node,
         pid=member.pid,
+        pids=member.pids,
         endpoint=member.endpoint,
         num_slots=member.num_slots,
         slots_used=slots_used,

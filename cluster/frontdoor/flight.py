@@ -4,17 +4,23 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from enum import Enum
+from typing import NoReturn
 
+from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
+from cluster.frontdoor.ownership import Ownership
+from cluster.ownership.directory import GRANT, MAX_DEATHS, Claim
 from workers.errors import (
     DrainingError,
     DuplicateRequestError,
     ExpertmeshError,
+    IsolatedError,
     OverloadedError,
+    StaleAssignmentError,
     UnavailableError,
 )
 from workers.placement import MemberId
-from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
+from workers.types import FinishReason, SnapshotPlace, TokenEvent
 
 _PLACES = 4  # remembered of each sequence; a holder keeps two
 
@@ -24,20 +30,25 @@ class _Notice(Enum):
 
     LOST = "the gateway can no longer be reached"
     CANCELLED = "the client has asked to end it"
+    SUPERSEDED = "another call has taken the request over"
     LOOK = "a gateway has come or gone"
 
 
 class Flight:
     """Carries one request from gateway to gateway until all its sequences have ended.
 
-    Every submission has a higher assignment number; what an older one still sends is dropped.
+    It has the request by a claim at the directory. Every submission has a higher assignment number;
+    what an older one still sends is dropped.
     """
 
-    def __init__(self, request: Request, pool: GatewayPool) -> None:
+    def __init__(self, job: Job, pool: GatewayPool, ownership: Ownership) -> None:
+        request = self._request = job.request
         self.request_id = request.request_id
         self.assignment = request.assignment
-        self._request = request
+        self._is_named = job.is_named
+        self._takes_over = job.takes_over
         self._pool = pool
+        self._ownership = ownership
         self._notices: asyncio.Queue[tuple[int, TokenEvent | ExpertmeshError | _Notice]]
         self._notices = asyncio.Queue()
         self._emitted = [list(tokens) for tokens in request.emitted]
@@ -45,11 +56,28 @@ class Flight:
         self._running = set(range(request.num_sequences))
         self._at_gateway: set[int] = set()  # sequences that the gateway still holds
         self._session: GatewaySession | None = None
+        self._is_owned = False
+        self._newest = 0  # the highest assignment that was heard of
+        self._former: tuple[str, int] | None = None  # a gateway that may still hold an assignment
+        self._lost_at: set[MemberId] = set()
+        self._earlier_deaths = 0  # which another call has counted
         self._refused_by: set[MemberId] = set()
         self._places: dict[int, list[SnapshotPlace]] = {}  # by sequence, the newest last
         self._is_admitted = any(request.emitted)
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
+
+    @property
+    def claim(self) -> Claim:
+        """What this call claims now."""
+        return Claim(
+            request_id=self.request_id,
+            assignment=self.assignment,
+            owner=str(self._session.member.id) if self._session else "",
+            front_door=self._pool.options.name,
+            resume_window_s=self._request.resume_window_s,
+            deaths=self._num_deaths(),
+        )
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events until all its sequences have ended.
@@ -57,18 +85,22 @@ class Flight:
         Raises:
             UnavailableError: No gateway took it in time.
             OverloadedError: Every gateway's queue is full, and it was never admitted.
+            DuplicateRequestError: Another call has it, or has taken it over.
             ExpertmeshError: The gateway refuses it or has failed at it.
         """
         self._pool.listeners.add(self._look)
         try:
             while self._running:
                 if self._session is None:
-                    self._submit()
+                    await self._embark()
                 for event in await self._hear():
                     yield event
+        except ExpertmeshError:
+            self._running.clear()  # the client is told: it is not waited for
+            raise
         finally:
             self._pool.listeners.discard(self._look)
-            self._leave()
+            self._end()
 
     def end_sequence(self, sequence_index: int) -> None:
         """Take no more tokens of a sequence: its text has ended."""
@@ -95,26 +127,84 @@ class Flight:
         """The gateway can no longer be reached."""
         self._notices.put_nowait((self.assignment, _Notice.LOST))
 
+    def superseded(self) -> None:
+        """Another call has taken the request over."""
+        self._notices.put_nowait((self.assignment, _Notice.SUPERSEDED))
+
     def _look(self) -> None:
         if self._session is None:
             self._notices.put_nowait((self.assignment, _Notice.LOOK))
 
+    async def _embark(self) -> None:
+        """Hand the request to a gateway, once this call has it."""
+        if not self._is_owned:
+            await self._own()
+        if self._num_deaths() >= MAX_DEATHS:
+            raise ExpertmeshError(
+                f"{self._num_deaths()} gateways died with request {self.request_id}: it is not "
+                "tried again"
+            )
+        if self._is_owned:
+            self._submit()
+
+    async def _own(self) -> None:
+        """Take the request at its directory; without one that can be reached, nothing happens."""
+        if not self._is_named:  # drawn here: nobody else can have it
+            self.assignment = GRANT
+        else:
+            grant = await self._ownership.take(
+                self, above=self._newest, held=self.assignment, takes_over=self._takes_over
+            )
+            if grant is None:
+                return
+            self.assignment = grant.assignment
+            if grant.previous is not None:
+                self._former = (grant.previous.owner, grant.previous.assignment)
+                self._earlier_deaths = max(self._earlier_deaths, grant.previous.deaths)
+        self._is_owned, self._takes_over = True, False
+        self._ownership.hold(self)
+
     def _submit(self) -> None:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
         places = self._usable_places()
-        holder = places[-1].holder if places else ""
-        self._session = self._pool.choose(self._refused_by, holder)
-        if self._session is None:
+        session = self._choose(places[-1].holder if places else "")
+        if session is None:
             return
         self.assignment += 1
+        self._session = session
         self._at_gateway = set(range(self._request.num_sequences))
         request = replace(
             self._request,
             assignment=self.assignment,
             emitted=tuple(map(tuple, self._emitted)) if any(self._emitted) else (),
             snapshots=places,
+            deaths=self._num_deaths(),
         )
-        self._session.submit(request, self)
+        session.submit(request, self)
+        self._ownership.hold(self)
+        self._let_former_go()
+
+    def _choose(self, holder: str) -> GatewaySession | None:
+        """Return the gateway that has the request, else the holder of its snapshot, else any."""
+        former = self._former_session()
+        if former is not None and former.is_connected and former.member.id not in self._refused_by:
+            return former
+        return self._pool.choose(self._refused_by, holder)
+
+    def _former_session(self) -> GatewaySession | None:
+        return self._pool.find(self._former[0]) if self._former else None
+
+    def _let_former_go(self) -> None:
+        """Have the gateway before free what it may still hold, now that another one has it."""
+        former = self._former_session()
+        if self._former and former is not None and former is not self._session:
+            former.let_go(self.request_id, self._former[1])
+        self._former = None
+
+    def _num_deaths(self) -> int:
+        """Return how many gateways died with the request; one that is back has not died."""
+        gone = sum(self._pool.is_gone(gateway) for gateway in self._lost_at)
+        return self._earlier_deaths + gone
 
     def _usable_places(self) -> tuple[SnapshotPlace, ...]:
         """Return where the newest snapshot of each running sequence is that it may go on from."""
@@ -147,6 +237,8 @@ class Flight:
     def _heed(
         self, assignment: int, notice: TokenEvent | ExpertmeshError | _Notice
     ) -> list[TokenEvent]:
+        if notice is _Notice.SUPERSEDED:
+            self._lose()
         if notice is _Notice.CANCELLED:
             return [self._cancelled(index) for index in sorted(self._running)]
         if assignment != self.assignment or notice is _Notice.LOOK:
@@ -156,16 +248,37 @@ class Flight:
         if isinstance(notice, ExpertmeshError):
             self._refuse(notice)
         else:
-            self._session, self._is_admitted = None, True
+            self._lost()
         return []
+
+    def _lose(self) -> NoReturn:
+        """Leave the request to the call that has taken it over, and its gateway too."""
+        if self._session is not None:
+            self._session.leave(self, has_ended=True)
+        self._session, self._is_owned = None, False
+        raise DuplicateRequestError(f"request {self.request_id} goes on in a later call")
+
+    def _lost(self) -> None:
+        assert self._session is not None
+        gateway = self._session.member.id
+        self._lost_at.add(gateway)
+        self._former = (str(gateway), self.assignment)
+        self._session, self._is_admitted = None, True
 
     def _refuse(self, error: ExpertmeshError) -> None:
         """Try another gateway, where that may help; else raise the refusal."""
         assert self._session is not None
-        self._refused_by.add(self._session.member.id)
+        gateway = self._session.member.id
         self._session = None
+        if isinstance(error, StaleAssignmentError):  # somebody else has it, or a directory forgot
+            self._is_owned, self._newest = False, error.held
+            return
+        self._refused_by.add(gateway)
         match error:
             case DrainingError():
+                return
+            case IsolatedError():
+                self._deadline_s = None  # it waits for the other one's end
                 return
             case OverloadedError():
                 if self._is_admitted or self._pool.choose(self._refused_by) is not None:
@@ -225,3 +338,17 @@ class Flight:
         if self._session is not None:
             self._session.leave(self, has_ended=not self._at_gateway)
             self._session = None
+
+    def _end(self) -> None:
+        """Give the request up: what a client may come back for is kept for its window."""
+        is_gone = bool(self._running)  # the client is
+        has_ended = not self._running and not self._at_gateway
+        claim = self.claim
+        if not (is_gone or has_ended):
+            claim = replace(claim, resume_window_s=0.0)
+        if is_gone and claim.resume_window_s and self._session is not None:
+            self._session.detach(self)
+            self._session = None
+        self._leave()
+        if self._is_owned:
+            self._ownership.release(replace(claim, deaths=0) if has_ended else claim)

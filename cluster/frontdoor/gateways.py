@@ -10,6 +10,8 @@ import structlog
 
 from cluster import wire
 from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.silence import Silence
+from cluster.ownership.directory import NUM_DIRECTORIES, directories_of
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from workers.errors import ExpertmeshError
 from workers.placement import Member, MemberId, MemberState, Role, View
@@ -17,7 +19,8 @@ from workers.types import GatewayStats, Request, SnapshotPlace, TokenEvent
 
 _log = structlog.get_logger()
 
-# A process that dies is noticed at once; a peer that falls silent, by keepalive.
+# A process that dies is noticed at once; one that falls silent, by the loads that it does not tell;
+# one that was never heard, by keepalive.
 _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 5000),
@@ -78,24 +81,56 @@ class Passenger(Protocol):
         ...
 
 
+class Registrar(Protocol):
+    """Hears what directories and owners say of the requests of this front door."""
+
+    def superseded(self, request_id: str, assignment: int) -> None:
+        """Another call has taken a request over."""
+        ...
+
+    def cancelled(self, request_id: str) -> None:
+        """Somebody wants a request to end."""
+        ...
+
+
+class _Nobody:
+    def superseded(self, request_id: str, assignment: int) -> None:
+        """Nobody has it."""
+
+    def cancelled(self, request_id: str) -> None:
+        """Nobody has it."""
+
+
 @dataclass(slots=True)
 class _Seat:
     passenger: Passenger
     weight_tokens: int
 
 
+Answer = asyncio.Future[gateway_pb2.Claimed | None]
+
+
 class GatewaySession:
     """The stream with one gateway, opened again whenever it breaks."""
 
     def __init__(
-        self, member: Member, options: FrontDoorOptions, on_change: Callable[[], None]
+        self,
+        member: Member,
+        options: FrontDoorOptions,
+        on_change: Callable[[], None],
+        registrar: Callable[[], Registrar],
     ) -> None:
         self.member = member
         self.stats: GatewayStats | None = None
         self.is_connected = False
         self._options = options
         self._on_change = on_change
-        self._seats: dict[str, _Seat] = {}
+        self._registrar = registrar
+        self._seats: dict[tuple[str, int], _Seat] = {}  # by request id and assignment
+        self._questions: dict[int, Answer] = {}  # by ticket
+        self._num_tickets = 0
+        self._let_go: dict[str, int] = {}  # what the gateway may still hold, and must free
+        self._silence = Silence(options.gateway_silence_s)
         self._outgoing: asyncio.Queue[gateway_pb2.SessionRequest] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
 
@@ -114,24 +149,57 @@ class GatewaySession:
         """Send a request; its events are delivered to the passenger."""
         completion = min(request.stopping.max_tokens, self._options.expected_tokens)
         weight = len(request.prompt_token_ids) + request.num_sequences * completion
-        self._seats[request.request_id] = _Seat(passenger, weight)
-        self._send(gateway_pb2.SessionRequest(submit=wire.submit_message(request)))
+        self._seats[request.request_id, request.assignment] = _Seat(passenger, weight)
+        self.send(gateway_pb2.SessionRequest(submit=wire.submit_message(request)))
 
     def leave(self, passenger: Passenger, *, has_ended: bool) -> None:
         """Forget a request; the gateway frees it at once unless it has ended there."""
-        if self._seats.pop(passenger.request_id, None) is not None and not has_ended:
-            abort = gateway_pb2.Abort(
-                request_id=passenger.request_id, assignment=passenger.assignment
-            )
-            self._send(gateway_pb2.SessionRequest(abort=abort))
+        seat = self._seats.pop((passenger.request_id, passenger.assignment), None)
+        if seat is not None and not has_ended:
+            self.let_go(passenger.request_id, passenger.assignment)
+
+    def detach(self, passenger: Passenger) -> None:
+        """Forget a request; the gateway keeps it for its window."""
+        request_id, assignment = passenger.request_id, passenger.assignment
+        if self._seats.pop((request_id, assignment), None) is not None:
+            detach = gateway_pb2.Detach(request_id=request_id, assignment=assignment)
+            self.send(gateway_pb2.SessionRequest(detach=detach))
+
+    def let_go(self, request_id: str, assignment: int) -> None:
+        """Have the gateway free what it still holds of an assignment, when it can be reached."""
+        if self.is_connected:
+            abort = gateway_pb2.Abort(request_id=request_id, assignment=assignment)
+            self.send(gateway_pb2.SessionRequest(abort=abort))
+        else:
+            self._let_go[request_id] = assignment
+
+    async def ask(
+        self, question: gateway_pb2.Claim | gateway_pb2.CancelClaim
+    ) -> gateway_pb2.Claimed | None:
+        """Ask the directory at this gateway; None when the session breaks before its answer."""
+        if not self.is_connected:
+            return None
+        self._num_tickets += 1
+        question.ticket = ticket = self._num_tickets
+        answer: Answer = asyncio.get_running_loop().create_future()
+        self._questions[ticket] = answer
+        if isinstance(question, gateway_pb2.Claim):
+            self.send(gateway_pb2.SessionRequest(claim=question))
+        else:
+            self.send(gateway_pb2.SessionRequest(cancel=question))
+        try:
+            return await answer  # ends by the answer, or with the session, whose silence is bounded
+        finally:
+            self._questions.pop(ticket, None)
+
+    def send(self, command: gateway_pb2.SessionRequest) -> None:
+        """Queue a command; lost when the session breaks."""
+        self._outgoing.put_nowait(command)
 
     async def close(self) -> None:
         """End the stream; its requests are lost to it."""
         self._task.cancel()
         await asyncio.wait([self._task])
-
-    def _send(self, command: gateway_pb2.SessionRequest) -> None:
-        self._outgoing.put_nowait(command)
 
     async def _run(self) -> None:
         async with grpc.aio.insecure_channel(
@@ -143,24 +211,41 @@ class GatewaySession:
                 await asyncio.sleep(self._options.reconnect_s)
 
     async def _serve(self, stub: "gateway_pb2_grpc.GatewayServiceAsyncStub") -> None:
-        """Open the stream and read it until it breaks."""
+        """Open the stream and read it until it breaks or falls silent."""
         reason = ""  # this end closes it
         self._outgoing = asyncio.Queue()
-        self._send(
+        self.send(
             gateway_pb2.SessionRequest(hello=gateway_pb2.Hello(front_door=self._options.name))
         )
         call = stub.Session()  # type: ignore[call-arg]  # commands are written, not iterated
         writer = asyncio.create_task(self._write(call))
+        listener = asyncio.create_task(self._listen(call))
         try:
             async for response in call:
                 self._receive(response)
             reason = "the gateway ended the stream"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+        except asyncio.CancelledError:
+            if not self._silence.is_too_long or self._task.cancelling():
+                raise
+            reason = f"silent for {self._options.gateway_silence_s:g} s"
         finally:
+            listener.cancel()
             writer.cancel()
             call.cancel()
             self._disconnected(reason)
+
+    async def _listen(
+        self,
+        call: grpc.aio.StreamStreamCall[gateway_pb2.SessionRequest, gateway_pb2.SessionResponse],
+    ) -> None:
+        """End the stream when nothing has come for too long."""
+        while not self._silence.is_too_long:
+            await asyncio.sleep(self._silence.tick_s)
+            if self.is_connected:
+                self._silence.tick()
+        call.cancel()
 
     async def _write(
         self,
@@ -174,40 +259,65 @@ class GatewaySession:
                 return  # the reader sees why
 
     def _receive(self, response: gateway_pb2.SessionResponse) -> None:
+        self._silence.broken()
         if not self.is_connected:
-            self.is_connected = True
-            _log.info("gateway connected", gateway=str(self.member.id))
-            self._on_change()
+            self._connected()
         match response.WhichOneof("report"):
             case "stats":
                 self.stats = wire.stats_of(response.stats)
             case "events":
-                for message in response.events.events:
-                    if passenger := self._passenger(message.request_id, message.assignment):
-                        passenger.deliver(wire.event_of(message))
+                self._deliver(response.events.events)
             case "refusal":
                 self._refused(response.refusal)
             case "snapshot":
-                report = response.snapshot
-                if passenger := self._passenger(report.request_id, report.assignment):
-                    passenger.held(wire.place_of(report.place))
-            case None:
+                self._placed(response.snapshot)
+            case "claimed":
+                self._answered(response.claimed)
+            case "cancelled":
+                self._registrar().cancelled(response.cancelled.request_id)
+            case _:
                 pass  # a kind of report that this version does not know
 
-    def _refused(self, refusal: gateway_pb2.Refusal) -> None:
-        if passenger := self._passenger(refusal.request_id, refusal.assignment):
-            del self._seats[refusal.request_id]
-            passenger.refused(wire.error_of(refusal))
+    def _deliver(self, messages: Iterable[gateway_pb2.TokenEvent]) -> None:
+        for message in messages:
+            seat = self._seats.get((message.request_id, message.assignment))
+            if seat is not None:
+                seat.passenger.deliver(wire.event_of(message))
 
-    def _passenger(self, request_id: str, assignment: int) -> Passenger | None:
-        """Return the request that a report is for, unless it is another owner's by now."""
-        seat = self._seats.get(request_id)
-        return seat.passenger if seat and seat.passenger.assignment == assignment else None
+    def _placed(self, report: gateway_pb2.SnapshotReport) -> None:
+        seat = self._seats.get((report.request_id, report.assignment))
+        if seat is not None:
+            seat.passenger.held(wire.place_of(report.place))
+
+    def _answered(self, claimed: gateway_pb2.Claimed) -> None:
+        answer = self._questions.get(claimed.ticket)
+        if answer is not None and not answer.done():
+            answer.set_result(claimed)
+
+    def _refused(self, refusal: gateway_pb2.Refusal) -> None:
+        if refusal.reason == gateway_pb2.REFUSAL_REASON_SUPERSEDED:
+            self._registrar().superseded(refusal.request_id, refusal.assignment)
+            return
+        seat = self._seats.pop((refusal.request_id, refusal.assignment), None)
+        if seat is not None:
+            seat.passenger.refused(wire.error_of(refusal))
+
+    def _connected(self) -> None:
+        self.is_connected = True
+        _log.info("gateway connected", gateway=str(self.member.id))
+        let_go, self._let_go = self._let_go, {}
+        for request_id, assignment in let_go.items():
+            self.let_go(request_id, assignment)
+        self._on_change()
 
     def _disconnected(self, reason: str) -> None:
         if self.is_connected and reason:
             _log.warning("gateway lost", gateway=str(self.member.id), reason=reason)
         self.is_connected = False
+        self._silence.broken()
+        for answer in self._questions.values():
+            if not answer.done():
+                answer.set_result(None)
         seats, self._seats = self._seats, {}
         for seat in seats.values():
             seat.passenger.lost()
@@ -223,6 +333,7 @@ class GatewayPool:
     def __init__(self, options: FrontDoorOptions) -> None:
         self.options = options
         self.listeners: set[Callable[[], None]] = set()
+        self.registrar: Registrar = _Nobody()
         self._sessions: dict[MemberId, GatewaySession] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -237,7 +348,9 @@ class GatewayPool:
             if member_id in self._sessions:
                 self._sessions[member_id].member = member
             else:
-                self._sessions[member_id] = GatewaySession(member, self.options, self._note)
+                self._sessions[member_id] = GatewaySession(
+                    member, self.options, self._note, lambda: self.registrar
+                )
         self._note()
 
     def choose(
@@ -254,6 +367,21 @@ class GatewayPool:
         loads = [session.load for session in self._sessions.values() if session.takes_work]
         chosen = choose_gateway(loads, excluding)
         return None if chosen is None else self._sessions[chosen]
+
+    def find(self, gateway: str) -> GatewaySession | None:
+        """Return the session of a gateway by NAME.INCARNATION, whether it is connected or not."""
+        return next((s for m, s in self._sessions.items() if str(m) == gateway), None)
+
+    def is_gone(self, gateway: MemberId) -> bool:
+        """Whether a gateway that was there cannot be reached any more."""
+        session = self._sessions.get(gateway)
+        return session is None or not session.is_connected
+
+    def directories(self, request_id: str) -> list[GatewaySession]:
+        """Return the sessions of a request's directory and of what stands in for it."""
+        connected = [m for m, session in self._sessions.items() if session.is_connected]
+        ranked = directories_of(request_id, connected)
+        return [self._sessions[member] for member in ranked[:NUM_DIRECTORIES]]
 
     @property
     def is_connected(self) -> bool:

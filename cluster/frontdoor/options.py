@@ -15,8 +15,9 @@ class FrontDoorOptions:
     `max_requests` bounds the requests in flight, `max_waiting` those of them that have no token
     yet. `default_max_tokens` bounds a completion whose max_tokens is unset. `gateway_wait_s` is how
     long a request waits while no gateway can take it. `expected_tokens` stands for the length of a
-    completion when gateways are compared. With `experts_in_gateway` there are no expert workers
-    whose coverage health would depend on.
+    completion when gateways are compared. A gateway that says nothing for `gateway_silence_s` is
+    taken for lost; it tells its load several times in that time. With `experts_in_gateway` there
+    are no expert workers whose coverage health would depend on.
     """
 
     name: str = "frontdoor"
@@ -37,6 +38,7 @@ class FrontDoorOptions:
     max_logprobs: int = 20
     gateway_wait_s: float = 60.0
     gateway_retry_s: float = 0.05
+    gateway_silence_s: float = 2.0
     reconnect_s: float = 0.2
     expected_tokens: int = 256
     keepalive_s: float = 20.0

@@ -17,6 +17,7 @@ from cluster.frontdoor.metrics import FrontDoorMetrics, NoMetrics
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.operator import NoOperator, Operator
 from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.ownership import Ownership
 from cluster.frontdoor.service import FrontDoorParts, InferenceService
 from cluster.frontdoor.tls import Certificates
 from cluster.pb.expertmesh.v1 import (
@@ -73,10 +74,12 @@ class FrontDoor:
         self._operator = operator or NoOperator()
         self._options = options
         self._views = ViewCache(experts_in_gateway=options.experts_in_gateway)
+        pool = GatewayPool(options)
         self._parts = FrontDoorParts(
             options=options,
             model=model,
-            pool=GatewayPool(options),
+            pool=pool,
+            ownership=Ownership(pool),
             admission=Admission(options, metrics),
             authenticator=Authenticator(
                 KeyFile(options.api_keys_file, clock) if options.api_keys_file else None,

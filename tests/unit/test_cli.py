@@ -31,7 +31,8 @@ OPTIONS = {
     },
     "chaos": {
         *CLIENT, "model", "kills", "double-kills", "freezes", "joins", "drains",
-        "controller-kills", "concurrency", "seed", "bit-stable", "json", "plot",
+        "controller-kills", "gateway-kills", "gateway-freezes", "front-door-kills", "both-kills",
+        "cuts", "concurrency", "seed", "bit-stable", "json", "plot",
     },
     "trace record": {"model", "questions", "out", "max-tokens", "max-sequences"},
     "check": {"model", "config", "set", "parity"},

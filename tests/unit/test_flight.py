@@ -4,8 +4,11 @@ import asyncio
 
 import pytest
 
+from cluster.frontdoor.admission import Job
 from cluster.frontdoor.flight import Flight
 from cluster.frontdoor.options import FrontDoorOptions
+from cluster.ownership.directory import GRANT
+from tests.fakes import LoneOwnership
 from tests.unit.harness_gateway import make_request
 from workers.placement import MemberId
 from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
@@ -18,11 +21,15 @@ class FakeSession:
         self.member = self  # only its id is asked for
         self.id = MemberId(name, 1)
         self.submitted: list[Request] = []
+        self.is_connected = True
 
     def submit(self, request: Request, passenger: Flight) -> None:
         self.submitted.append(request)
 
     def leave(self, passenger: Flight, *, has_ended: bool) -> None:
+        pass
+
+    def let_go(self, request_id: str, assignment: int) -> None:
         pass
 
 
@@ -39,6 +46,12 @@ class FakePool:
         held = [s for s in open_to_it if str(s.id) == holder]
         return next(iter(held + open_to_it), None)
 
+    def find(self, gateway: str) -> FakeSession | None:
+        return next((s for s in self.sessions if str(s.id) == gateway), None)
+
+    def is_gone(self, gateway: MemberId) -> bool:
+        return all(session.id != gateway for session in self.sessions)
+
     def lose(self, session: FakeSession, flight: Flight) -> None:
         self.sessions.remove(session)
         flight.lost()
@@ -49,9 +62,13 @@ def event(
     finish: FinishReason | None = None,
 ) -> TokenEvent:  # fmt: skip
     return TokenEvent(
-        request_id="r", sequence_index=sequence, assignment=assignment, first_token_index=index,
-        token_ids=tokens, finish=finish,
+        request_id="r", sequence_index=sequence, assignment=GRANT + assignment,
+        first_token_index=index, token_ids=tokens, finish=finish,
     )  # fmt: skip
+
+
+def take_off(request: Request, pool: FakePool) -> Flight:
+    return Flight(Job(request=request), pool, LoneOwnership())
 
 
 async def fly(flight: Flight, *notices) -> asyncio.Task:
@@ -86,7 +103,7 @@ async def test_the_newest_snapshot_is_used_that_is_not_ahead_of_the_client(
     reported, expected
 ) -> None:
     pool = FakePool("a", "b", "c")
-    flight = Flight(make_request(max_tokens=50), pool)  # 3 prompt tokens
+    flight = take_off(make_request(max_tokens=50), pool)  # 3 prompt tokens
     gateway = pool.sessions[0]
     places = [SnapshotPlace(0, position, holder) for position, holder in reported]
     task = await fly(
@@ -100,13 +117,13 @@ async def test_the_newest_snapshot_is_used_that_is_not_ahead_of_the_client(
     task.cancel()
 
     assert request.emitted == ((5, 6, 7, 8),)
-    assert request.assignment == 2
+    assert request.assignment == GRANT + 2
     assert request.snapshots == ((SnapshotPlace(0, *expected),) if expected else ())
 
 
 async def test_a_holder_that_is_gone_is_named_to_whoever_takes_the_request() -> None:
     pool = FakePool("a", "b")
-    flight = Flight(make_request(max_tokens=50), pool)
+    flight = take_off(make_request(max_tokens=50), pool)
     place = SnapshotPlace(0, 2, "c.1")  # in the middle of the prompt
     task = await fly(
         flight, lambda: flight.held(place), lambda: pool.lose(pool.sessions[0], flight)
@@ -120,7 +137,7 @@ async def test_a_holder_that_is_gone_is_named_to_whoever_takes_the_request() -> 
 
 async def test_a_moved_request_goes_on_at_its_holder_and_not_where_it_was() -> None:
     pool = FakePool("a", "b", "c")
-    flight = Flight(make_request(max_tokens=3, num_sequences=2), pool)
+    flight = take_off(make_request(max_tokens=3, num_sequences=2), pool)
     first, _, third = pool.sessions
     task = await fly(
         flight,

@@ -19,8 +19,9 @@ class GatewayOptions:
     `num_kv_blocks` holds a quarter of a context for each of `max_sequences`, and never less than
     one whole context. `dtype` "auto" is float32 on CPU and bfloat16 on GPU. With `local_experts`
     every rank holds all routed experts itself. `group_timeout_s` bounds a collective between the
-    ranks, that is, also how long rows may be parked where there are several. For
-    `snapshot_tokens` and `snapshot_token_bytes` see `snapshot_interval`.
+    ranks, that is, also how long rows may be parked where there are several; a rank that is frozen
+    or cut off is noticed by `sibling_silence_s`, one that dies at once. For `snapshot_tokens` and
+    `snapshot_token_bytes` see `snapshot_interval`.
     """
 
     max_sequences: int = 32
@@ -38,6 +39,7 @@ class GatewayOptions:
     group_timeout_s: float = 600.0
     snapshot_tokens: int = 0
     snapshot_token_bytes: int = 0
+    sibling_silence_s: float = 3.0
     dispatch: DispatchOptions = field(default_factory=DispatchOptions)
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, St
 from workers.gateway.options import GatewayOptions, MemoryReport
 from workers.gateway.outbox import Outbox, Push
 from workers.gateway.rank import RankModel, load_rank
+from workers.gateway.siblings import Siblings
 from workers.gateway.snapshot import Ended, Holder, Snapshot, Stamp, Verdict, snapshot_interval
 from workers.mesh import Rendezvous, TensorParallelGroup
 from workers.model.cache import state_bytes_per_sequence
@@ -83,6 +84,7 @@ class GatewayWorker:
         self._engine: GatewayEngine | None = None
         self._follower: Follower | None = None
         self._thread: threading.Thread | None = None
+        self._siblings: Siblings | None = None
         self._clients = Clients()
         self._book = CaptureBook(self._interval() if keeping else 0)
         self._outbox: Outbox | None = None
@@ -188,6 +190,12 @@ class GatewayWorker:
             target=self._run, args=(body,), name="gateway-steps", daemon=True
         )
         self._thread.start()
+        if self._spec.size > 1:
+            assert self._store is not None
+            silence_s = self._options.sibling_silence_s
+            store = self._store.clone()  # type: ignore[attr-defined]  # calls on one wait in turn
+            self._siblings = Siblings(store, self._spec.rank, self._spec.size, silence_s)
+            self._siblings.start(self._fail)
 
     def submit(
         self, request: Request, sink: Sink, snapshots: Mapping[int, Snapshot] = NO_SNAPSHOTS
@@ -293,6 +301,8 @@ class GatewayWorker:
             self._thread.join(CLOSE_S)
         if self._outbox is not None:
             self._outbox.close(CLOSE_S)
+        if self._siblings is not None:
+            self._siblings.stop()
         self._clients.clear()  # a step that is cut off below is no news to them
         if self._group is not None:
             self._group.close()
@@ -344,11 +354,15 @@ class GatewayWorker:
             body()
         except Exception as error:  # noqa: BLE001 - whatever it is, this rank is at its end
             assert self._group is not None
-            with self._changed:
-                if not self._closing:
-                    self._failure = f"{type(error).__name__}: {error}"
-                self._changed.notify_all()
+            self._fail(f"{type(error).__name__}: {error}")
             self._group.close()  # so that the other ranks notice
+
+    def _fail(self, reason: str) -> None:
+        """Be at this rank's end; whoever asks is told, and the gateway is replaced."""
+        with self._changed:
+            if not self._closing:
+                self._failure = self._failure or reason
+            self._changed.notify_all()
 
     def _lead(self) -> None:
         assert self._leader is not None
@@ -360,6 +374,8 @@ class GatewayWorker:
         assert self._follower is not None
         while self._follower.follow():
             pass
+        if self._siblings is not None:
+            self._siblings.stop()  # rank 0 goes too
 
     def _is_wanted(self) -> bool:
         assert self._engine is not None

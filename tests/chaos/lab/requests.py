@@ -7,9 +7,12 @@ die, freeze, and wake up to send what nobody waits for any more.
 import asyncio
 from typing import Any
 
+from cluster.frontdoor.admission import Job
 from cluster.frontdoor.flight import Flight
+from cluster.frontdoor.options import FrontDoorOptions
 from tests.chaos.lab.members import ViolationError
 from tests.chaos.lab.simulator import Simulator
+from tests.fakes import LoneOwnership
 from workers.placement import MemberId
 from workers.types import FinishReason, Request, Sampling, Stopping, TokenEvent
 
@@ -71,6 +74,7 @@ class SimPool:
     def __init__(self, simulator: Simulator) -> None:
         self.simulator = simulator
         self.listeners: set[Any] = set()
+        self.options = FrontDoorOptions()
         self.holders: list[tuple[int, SimSession]] = []
         self._incarnation = 0
         self.sessions = [SimSession(self, n) for n in range(NUM_GATEWAYS)]
@@ -79,7 +83,13 @@ class SimPool:
         self._incarnation += 1
         return self._incarnation
 
-    def choose(self, refused_by: set[MemberId]) -> SimSession | None:
+    def find(self, gateway: str) -> None:
+        return None  # what was left behind may go on to speak
+
+    def is_gone(self, gateway: MemberId) -> bool:
+        return False  # poison is not this scenario's affair
+
+    def choose(self, refused_by: set[MemberId], holder: str) -> SimSession | None:
         able = [s for s in self.sessions if s.member.id not in refused_by]
         return self.simulator.draw.choice(able) if able else None
 
@@ -105,7 +115,7 @@ def run_requests(seed: int) -> str:
         stopping=Stopping(max_tokens=NUM_TOKENS),
         num_sequences=draw.choice((1, 2)),
     )
-    flight = Flight(request, pool)  # type: ignore[arg-type]
+    flight = Flight(Job(request=request), pool, LoneOwnership())  # type: ignore[arg-type]
     client: list[list[int]] = [[] for _ in range(request.num_sequences)]
     finished: list[int] = []
 

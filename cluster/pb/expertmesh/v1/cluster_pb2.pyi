@@ -547,6 +547,7 @@ class Member(_message.Message):
     SLOTS_USED_FIELD_NUMBER: _builtins.int
     GATEWAY_STATS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    PIDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     incarnation: _builtins.int
     role: Global___Role.ValueType
@@ -563,6 +564,10 @@ class Member(_message.Message):
     def gateway_stats(self) -> Global___GatewayStats:
         """Of a gateway that this front door is connected to: its latest word."""
 
+    @_builtins.property
+    def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a gateway: the process of each rank."""
+
     def __init__(
         self,
         *,
@@ -577,10 +582,11 @@ class Member(_message.Message):
         slots_used: _builtins.int = ...,
         gateway_stats: Global___GatewayStats | None = ...,
         metrics: _builtins.str = ...,
+        pids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gateway_stats", b"gateway_stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "metrics", b"metrics", "name", b"name", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "role", b"role", "slots_used", b"slots_used", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "metrics", b"metrics", "name", b"name", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "pids", b"pids", "role", b"role", "slots_used", b"slots_used", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

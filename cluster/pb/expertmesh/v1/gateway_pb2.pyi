@@ -86,6 +86,12 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_DUPLICATE: _RefusalReason.ValueType  # 2
     REFUSAL_REASON_OVERLOADED: _RefusalReason.ValueType  # 3
     REFUSAL_REASON_DRAINING: _RefusalReason.ValueType  # 4
+    REFUSAL_REASON_SUPERSEDED: _RefusalReason.ValueType  # 20
+    """Another call has taken the request over."""
+    REFUSAL_REASON_STALE: _RefusalReason.ValueType  # 21
+    """A newer assignment is here than the one that was submitted."""
+    REFUSAL_REASON_ISOLATED: _RefusalReason.ValueType  # 22
+    """Another request that was present at gateway deaths runs here; no two of them run side by side."""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
 
@@ -94,6 +100,12 @@ REFUSAL_REASON_INVALID: RefusalReason.ValueType  # 1
 REFUSAL_REASON_DUPLICATE: RefusalReason.ValueType  # 2
 REFUSAL_REASON_OVERLOADED: RefusalReason.ValueType  # 3
 REFUSAL_REASON_DRAINING: RefusalReason.ValueType  # 4
+REFUSAL_REASON_SUPERSEDED: RefusalReason.ValueType  # 20
+"""Another call has taken the request over."""
+REFUSAL_REASON_STALE: RefusalReason.ValueType  # 21
+"""A newer assignment is here than the one that was submitted."""
+REFUSAL_REASON_ISOLATED: RefusalReason.ValueType  # 22
+"""Another request that was present at gateway deaths runs here; no two of them run side by side."""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
@@ -308,6 +320,10 @@ class SessionRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    DETACH_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Always first."""
@@ -316,18 +332,30 @@ class SessionRequest(_message.Message):
     def submit(self) -> Global___Submit: ...
     @_builtins.property
     def abort(self) -> Global___Abort: ...
+    @_builtins.property
+    def claim(self) -> Global___Claim: ...
+    @_builtins.property
+    def release(self) -> Global___Release: ...
+    @_builtins.property
+    def detach(self) -> Global___Detach: ...
+    @_builtins.property
+    def cancel(self) -> Global___CancelClaim: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         submit: Global___Submit | None = ...,
         abort: Global___Abort | None = ...,
+        claim: Global___Claim | None = ...,
+        release: Global___Release | None = ...,
+        detach: Global___Detach | None = ...,
+        cancel: Global___CancelClaim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "cancel", b"cancel", "claim", b"claim", "command", b"command", "detach", b"detach", "hello", b"hello", "release", b"release", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "hello", b"hello", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "cancel", b"cancel", "claim", b"claim", "command", b"command", "detach", b"detach", "hello", b"hello", "release", b"release", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["hello", "submit", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["hello", "submit", "abort", "claim", "release", "detach", "cancel"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -368,9 +396,15 @@ class Submit(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     EMITTED_FIELD_NUMBER: _builtins.int
+    RESUME_WINDOW_S_FIELD_NUMBER: _builtins.int
+    DEATHS_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
+    resume_window_s: _builtins.float
+    """How long the request is kept when its client or front door is gone, or when it has ended."""
+    deaths: _builtins.int
+    """How many gateways have died with it."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -400,11 +434,13 @@ class Submit(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         output: _inference_pb2.Output | None = ...,
         emitted: _abc.Iterable[_inference_pb2.TokenIds] | None = ...,
+        resume_window_s: _builtins.float = ...,
+        deaths: _builtins.int = ...,
         snapshots: _abc.Iterable[Global___SnapshotPlace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,6 +475,8 @@ Global___SnapshotPlace: _TypeAlias = SnapshotPlace  # noqa: Y015
 
 @_typing.final
 class Abort(_message.Message):
+    """Free a request, unless a newer assignment of it is there."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -460,12 +498,144 @@ class Abort(_message.Message):
 Global___Abort: _TypeAlias = Abort  # noqa: Y015
 
 @_typing.final
+class Detach(_message.Message):
+    """The client is gone: keep the request for its resume window."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    assignment: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        assignment: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Detach: _TypeAlias = Detach  # noqa: Y015
+
+@_typing.final
+class Claim(_message.Message):
+    """To the directory of a request id: who owns the request. A front door that has the ownership renews
+    it, by `assignment`, without an answer unless somebody else has it; one that wants it asks.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    RESUME_WINDOW_S_FIELD_NUMBER: _builtins.int
+    DEATHS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    ABOVE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    TAKES_OVER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    assignment: _builtins.int
+    """The assignment that is renewed; 0 asks for a new one."""
+    owner: _builtins.str
+    """NAME.INCARNATION of the gateway that runs the request, if one does."""
+    resume_window_s: _builtins.float
+    deaths: _builtins.int
+    ticket: _builtins.int
+    """When asking: matches the answer; a lower bound of the new number; the number that the asking call
+    has lost its trust in; and whether the call may take the request from another call that lives.
+    """
+    above: _builtins.int
+    held: _builtins.int
+    takes_over: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        assignment: _builtins.int = ...,
+        owner: _builtins.str = ...,
+        resume_window_s: _builtins.float = ...,
+        deaths: _builtins.int = ...,
+        ticket: _builtins.int = ...,
+        above: _builtins.int = ...,
+        held: _builtins.int = ...,
+        takes_over: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "assignment", b"assignment", "deaths", b"deaths", "held", b"held", "owner", b"owner", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "takes_over", b"takes_over", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Claim: _TypeAlias = Claim  # noqa: Y015
+
+@_typing.final
+class Release(_message.Message):
+    """The claim is given up; what is known of it is kept for `keep_s`, and longer while it has deaths."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    KEEP_S_FIELD_NUMBER: _builtins.int
+    DEATHS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    assignment: _builtins.int
+    keep_s: _builtins.float
+    deaths: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        assignment: _builtins.int = ...,
+        keep_s: _builtins.float = ...,
+        deaths: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "keep_s", b"keep_s", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Release: _TypeAlias = Release  # noqa: Y015
+
+@_typing.final
+class CancelClaim(_message.Message):
+    """End the request, whichever front door has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    ticket: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        ticket: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelClaim: _TypeAlias = CancelClaim  # noqa: Y015
+
+@_typing.final
 class SessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    CLAIMED_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stats(self) -> _cluster_pb2.GatewayStats:
@@ -476,6 +646,10 @@ class SessionResponse(_message.Message):
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
     @_builtins.property
+    def claimed(self) -> Global___Claimed: ...
+    @_builtins.property
+    def cancelled(self) -> Global___Cancelled: ...
+    @_builtins.property
     def snapshot(self) -> Global___SnapshotReport: ...
     def __init__(
         self,
@@ -483,13 +657,15 @@ class SessionResponse(_message.Message):
         stats: _cluster_pb2.GatewayStats | None = ...,
         events: Global___TokenEvents | None = ...,
         refusal: Global___Refusal | None = ...,
+        claimed: Global___Claimed | None = ...,
+        cancelled: Global___Cancelled | None = ...,
         snapshot: Global___SnapshotReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "claimed", b"claimed", "events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "claimed", b"claimed", "events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["stats", "events", "refusal", "snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["stats", "events", "refusal", "claimed", "cancelled", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -522,6 +698,65 @@ class SnapshotReport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotReport: _TypeAlias = SnapshotReport  # noqa: Y015
+
+@_typing.final
+class Claimed(_message.Message):
+    """What the directory answers to a question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    IS_KNOWN_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    OWNER_ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    DEATHS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.int
+    assignment: _builtins.int
+    """The number granted; 0 when another call that lives has the request."""
+    is_known: _builtins.bool
+    """Of the claim before, if there was one."""
+    owner: _builtins.str
+    owner_assignment: _builtins.int
+    deaths: _builtins.int
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.int = ...,
+        assignment: _builtins.int = ...,
+        is_known: _builtins.bool = ...,
+        owner: _builtins.str = ...,
+        owner_assignment: _builtins.int = ...,
+        deaths: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "is_known", b"is_known", "owner", b"owner", "owner_assignment", b"owner_assignment", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Claimed: _TypeAlias = Claimed  # noqa: Y015
+
+@_typing.final
+class Cancelled(_message.Message):
+    """Somebody wants a request of this front door to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cancelled: _TypeAlias = Cancelled  # noqa: Y015
 
 @_typing.final
 class TokenEvents(_message.Message):
@@ -612,11 +847,14 @@ class Refusal(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     VIOLATIONS_FIELD_NUMBER: _builtins.int
+    HELD_ASSIGNMENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
     reason: Global___RefusalReason.ValueType
     message: _builtins.str
     retry_after_s: _builtins.float
+    held_assignment: _builtins.int
+    """The newer assignment that is there."""
     @_builtins.property
     def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Violation]: ...
     def __init__(
@@ -628,10 +866,11 @@ class Refusal(_message.Message):
         message: _builtins.str = ...,
         retry_after_s: _builtins.float = ...,
         violations: _abc.Iterable[Global___Violation] | None = ...,
+        held_assignment: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "message", b"message", "reason", b"reason", "request_id", b"request_id", "retry_after_s", b"retry_after_s", "violations", b"violations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "held_assignment", b"held_assignment", "message", b"message", "reason", b"reason", "request_id", b"request_id", "retry_after_s", b"retry_after_s", "violations", b"violations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -47,7 +47,8 @@ class GatewayServiceServicer(object):
     """
 
     def Session(self, request_iterator, context):
-        """Commands go up, reports come down. When the stream breaks, its sequences are aborted.
+        """Commands go up, reports come down. When the stream breaks, each of its requests is kept for its
+        resume window, and freed at once where that is 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class GatewayServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GatewayServiceAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_gateway_pb2.SessionRequest, _gateway_pb2.SessionResponse]
-    """Commands go up, reports come down. When the stream breaks, its sequences are aborted."""
+    """Commands go up, reports come down. When the stream breaks, each of its requests is kept for its
+    resume window, and freed at once where that is 0.
+    """
 
 @_typing.type_check_only
 class GatewayServiceAsyncStub(GatewayServiceStub):
@@ -42,7 +44,9 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_gateway_pb2.SessionRequest, _gateway_pb2.SessionResponse]  # type: ignore[assignment]
-    """Commands go up, reports come down. When the stream breaks, its sequences are aborted."""
+    """Commands go up, reports come down. When the stream breaks, each of its requests is kept for its
+    resume window, and freed at once where that is 0.
+    """
 
 class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
     """A gateway's rank 0, as front doors see it."""
@@ -53,7 +57,9 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_gateway_pb2.SessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.SessionResponse], _abc.AsyncIterator[_gateway_pb2.SessionResponse]]:
-        """Commands go up, reports come down. When the stream breaks, its sequences are aborted."""
+        """Commands go up, reports come down. When the stream breaks, each of its requests is kept for its
+        resume window, and freed at once where that is 0.
+        """
 
 def add_GatewayServiceServicer_to_server(servicer: GatewayServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -68,7 +68,10 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Tokenized as it stands: no chat template is applied."""
     resume_window_s: _builtins.float
-    """How long the sequences are kept when the client is gone. 0 frees them at once."""
+    """How long the sequences go on, and their tokens are kept, when the client is gone; tokens also
+    after the end. A client that comes back meanwhile gets what it lacks without computation. 0 frees
+    them at once. The server has an upper bound.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -80,7 +83,9 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def resume_from(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumePoint]:
         """What the client already has of an earlier, broken stream of the same request. Send the whole
-        request again with its request id and the seed of its first message.
+        request again, to any front door, with its request id and the seed of its first message. An entry
+        without tokens says that the client has none yet. The earlier stream, should it still be open,
+        ends with ALREADY_EXISTS; without resume_from it is the newer one that is refused so.
         """
 
     def __init__(
@@ -529,6 +534,7 @@ class ChatRequest(_message.Message):
     enable_thinking: _builtins.bool
     """Unset: what the chat template does by itself."""
     resume_window_s: _builtins.float
+    """As in GenerateRequest."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @_builtins.property

@@ -108,7 +108,8 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a request that runs at this front door; its stream ends with FINISH_REASON_CANCELLED.
+        """Ends a request of the caller, through whichever front door it runs; its stream ends with
+        FINISH_REASON_CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

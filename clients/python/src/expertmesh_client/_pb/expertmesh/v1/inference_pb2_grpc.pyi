@@ -46,7 +46,9 @@ class InferenceServiceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """Lists what this cluster serves."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
-    """Ends a request that runs at this front door; its stream ends with FINISH_REASON_CANCELLED."""
+    """Ends a request of the caller, through whichever front door it runs; its stream ends with
+    FINISH_REASON_CANCELLED.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -66,7 +68,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists what this cluster serves."""
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends a request that runs at this front door; its stream ends with FINISH_REASON_CANCELLED."""
+    """Ends a request of the caller, through whichever front door it runs; its stream ends with
+    FINISH_REASON_CANCELLED.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text and chat generation, and what belongs to it."""
@@ -119,6 +123,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
-        """Ends a request that runs at this front door; its stream ends with FINISH_REASON_CANCELLED."""
+        """Ends a request of the caller, through whichever front door it runs; its stream ends with
+        FINISH_REASON_CANCELLED.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
