@@ -63,7 +63,8 @@ class Request:
 
     `assignment` fences the owner of the request: events carry it, older ones are dropped.
     `emitted` holds, per sequence, the tokens that the client already has (resumption), and
-    `snapshots` where to find what need not be computed again.
+    `snapshots` where to find what need not be computed again. Only requests with the same
+    `cache_salt` profit from each other's prompts.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class Request:
     assignment: int = 0
     emitted: tuple[tuple[int, ...], ...] = ()
     snapshots: tuple[SnapshotPlace, ...] = ()
+    cache_salt: str = ""
 
 
 class FinishReason(Enum):
@@ -102,6 +104,7 @@ class TokenEvent:
 
     `first_token_index` counts completion tokens from 0. `prompt_logprobs` comes once, with the
     first event of sequence 0; its first entry is None, since nothing precedes the first token.
+    `cached_tokens` of the prompt were found in the prefix cache.
     """
 
     request_id: str
@@ -132,6 +135,9 @@ class GatewayStats:
     `snapshots_evicted` of those that it keeps for others. `restores` counts the sequences that went
     on here from a snapshot, with the known tokens behind it that were computed again
     (`replayed_tokens`); `recomputes` those whose client had tokens and that began at the prompt.
+
+    What starts with `prefix` is of the prefix cache: `prefix_kv_bytes` and `prefix_state_bytes` are
+    of rank 0.
     """
 
     running: int = 0
@@ -161,6 +167,15 @@ class GatewayStats:
     moved: int = 0
     recoveries: tuple[int, ...] = ()
     rows_by_worker: dict[str, int] = field(default_factory=dict)
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_blocks: int = 0
+    prefix_states: int = 0
+    prefix_kv_bytes: int = 0
+    prefix_state_bytes: int = 0
+    prefix_block_evictions: int = 0
+    prefix_state_evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
