@@ -78,6 +78,14 @@ class GatewaySection(ProcessSection):
     `snapshot_tokens` would cost more, they are taken more rarely. 0 sets no bound."""
     snapshot_store_bytes: PositiveCount = 2**30
     """Most bytes of snapshots that a gateway keeps for others, in host memory."""
+    prefix_cache: bool = True
+    """Keep prompts' KV and states for later requests of the same tenant that begin alike."""
+    prefix_kv_bytes: Count = 0
+    """KV a rank that is kept beside what running sequences hold; 0 is all that these leave free."""
+    prefix_state_bytes: Count = 0
+    """Recurrent states a rank that are kept; 0 takes room for as many as max_sequences."""
+    prefix_states_on_host: bool = False
+    """Keep these states in host memory instead of the GPU's."""
 
 
 class ExpertSection(ProcessSection):

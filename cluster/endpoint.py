@@ -53,6 +53,10 @@ class ServingGateway(Protocol):
         """Return load and counters."""
         ...
 
+    def prefixes(self) -> Mapping[int, int]:
+        """Return the digests of prefixes whose states are kept, with their numbers of tokens."""
+        ...
+
 
 class GatewayEndpoint:
     """Serves one gateway to front doors.
@@ -129,6 +133,8 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
                 if self._worker.failure is not None:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._worker.failure)
                 await context.write(report or self._stats())
+                if report is None and (prefixes := session.prefixes()) is not None:
+                    await context.write(prefixes)
         finally:
             reader.cancel()
             session.close()
@@ -167,6 +173,7 @@ class _Session:
         self._wake = asyncio.Event()
         self._waking = False
         self._live: dict[str, tuple[int, int]] = {}  # request id to (assignment, sequences left)
+        self._prefixes: Mapping[int, int] = {}  # as last reported
         self.ended = False
 
     def submit(self, command: gateway_pb2.Submit) -> None:
@@ -216,6 +223,12 @@ class _Session:
             self._count(event)
             events.events.append(wire.event_message(event))
         return gateway_pb2.SessionResponse(events=events) if events.events else None
+
+    def prefixes(self) -> gateway_pb2.SessionResponse | None:
+        """Return what changed of the prefixes that the gateway keeps; None for nothing."""
+        known, self._prefixes = self._prefixes, self._worker.prefixes()
+        changes = wire.prefixes_message(known, self._prefixes)
+        return changes and gateway_pb2.SessionResponse(prefixes=changes)
 
     def reader_ended(self, reader: "asyncio.Task[None]") -> None:
         """Let the stream end when no more commands can come."""

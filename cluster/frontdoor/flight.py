@@ -103,7 +103,7 @@ class Flight:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
         places = self._usable_places()
         holder = places[-1].holder if places else ""
-        self._session = self._pool.choose(self._refused_by, holder)
+        self._session = self._pool.choose(self._refused_by, self._request, holder)
         if self._session is None:
             return
         self.assignment += 1

@@ -86,6 +86,7 @@ def job_of(
     request_id: str,
     seed: int,
     default_max_tokens: int,
+    cache_salt: str = "",
 ) -> Job:
     """Return a request in full, completed from the model's defaults; its rules are not checked.
 
@@ -114,6 +115,7 @@ def job_of(
             output=wire.output_of(message.output),
             num_sequences=num_sequences,
             emitted=_emitted_of(message.resume_from, num_sequences),
+            cache_salt=cache_salt,
         ),
         stop_strings=tuple(stopping.stop_strings),
         resume_window_s=message.resume_window_s,

@@ -198,7 +198,7 @@ submissions = st.fixed_dictionaries(
 )
 
 
-@settings(derandomize=True, max_examples=60, deadline=None)
+@settings(derandomize=True, max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(submissions, st.integers(0, 6), st.booleans()), min_size=1, max_size=12),
     st.integers(18, 40), st.integers(1, 6), st.sampled_from([None, 0, 4]), st.booleans(),

@@ -79,7 +79,9 @@ class SimPool:
         self._incarnation += 1
         return self._incarnation
 
-    def choose(self, refused_by: set[MemberId]) -> SimSession | None:
+    def choose(
+        self, refused_by: set[MemberId], _request: Request | None = None, _holder: str = ""
+    ) -> SimSession | None:
         able = [s for s in self.sessions if s.member.id not in refused_by]
         return self.simulator.draw.choice(able) if able else None
 
