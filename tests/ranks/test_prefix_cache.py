@@ -1,7 +1,5 @@
 """Traces of conversations with the prefix cache on and off give the same tokens, on real ranks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -39,9 +37,9 @@ def run_trace(gateway, sampling):
         return [found[request.request_id, 0].token_ids for request in some]
 
     history = system = draw(150, 1)
-    for turn in range(3):
+    for turn in range(2):
         question = draw(10, 10 + turn)
-        asked = ask(f"turn-{turn}", history + question, sampling, max_tokens=70)
+        asked = ask(f"turn-{turn}", history + question, sampling, max_tokens=68)
         (answer,) = serve(asked)
         branches = [
             ask(f"branch-{turn}-{i}", history + draw(30, 100 + 10 * turn + i), sampling)
@@ -49,7 +47,7 @@ def run_trace(gateway, sampling):
         ]
         serve(*branches)
         history = history + question + answer
-    serve(*[ask(f"shared-{i}", system + draw(20, 50 + i), sampling) for i in range(4)])
+    serve(*[ask(f"shared-{i}", system + draw(20, 50 + i), sampling) for i in range(3)])
     return requests, answers
 
 
@@ -73,24 +71,37 @@ def run_both(size, sampling, *, bit_stable):
     return found
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("size", [1, 2], ids=["T=1", "T=2"])
+@pytest.mark.parametrize(
+    ("size", "sampling"),
+    [
+        pytest.param(1, GREEDY, marks=pytest.mark.full),
+        pytest.param(1, SEEDED, marks=pytest.mark.full),
+        pytest.param(2, GREEDY, marks=pytest.mark.full),
+        (2, SEEDED),
+    ],
+)
 def test_bit_stable_hits_change_no_token(size, sampling):
     (_, off, _), (_, on, stats) = run_both(size, sampling, bit_stable=True)
 
     assert on == off
-    assert stats.prefix_hits > 8
-    assert stats.prefix_hit_tokens > 1000
+    assert stats.prefix_hits > 6
+    assert stats.prefix_hit_tokens > 800
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("size", [1, 2], ids=["T=1", "T=2"])
+@pytest.mark.parametrize(
+    ("size", "sampling"),
+    [
+        (1, GREEDY),
+        pytest.param(1, SEEDED, marks=pytest.mark.full),
+        pytest.param(2, GREEDY, marks=pytest.mark.full),
+        pytest.param(2, SEEDED, marks=pytest.mark.full),
+    ],
+)
 def test_hits_are_right_by_teacher_forcing(size, sampling):
     (_, off, none), (requests, on, stats) = run_both(size, sampling, bit_stable=False)
-    reference = Reference()
-    reports = reference.check([replace(r) for r in requests], on)
+    reports = Reference().check(requests, on)
 
     assert none.prefix_hits == none.prefix_states == 0
-    assert stats.prefix_hits > 8
+    assert stats.prefix_hits > 6
     # Free runs part only after a near-tie, of which the replay tells.
     assert on == off or any(report.mismatches for report in reports)
