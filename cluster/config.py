@@ -82,6 +82,14 @@ class GatewaySection(ProcessSection):
     """The longest time for which a request is kept without its client, whatever it asks for."""
     sibling_silence_s: Seconds = 3.0
     """Silence of a rank after which the others give the gateway up."""
+    prefix_cache: bool = True
+    """Keep prompts' KV and states for later requests of the same tenant that begin alike."""
+    prefix_kv_bytes: Count = 0
+    """KV a rank that is kept beside what running sequences hold; 0 is all that these leave free."""
+    prefix_state_bytes: Count = 0
+    """Recurrent states a rank that are kept; 0 takes room for as many as max_sequences."""
+    prefix_states_on_host: bool = False
+    """Keep these states in host memory instead of the GPU's."""
 
 
 class ExpertSection(ProcessSection):

@@ -159,6 +159,8 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
                 if self._worker.failure is not None:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._worker.failure)
                 await context.write(report or self._stats())
+                if report is None and (changes := session.changes(self._worker.prefixes())):
+                    await context.write(changes)
         finally:
             reader.cancel()
             self._close(session)
@@ -318,6 +320,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.front_door = ""
+        self._prefixes: Mapping[int, int] = {}  # as last reported
         self.ended = False
         self._events: list[TokenEvent] = []
         self._reports: deque[gateway_pb2.SessionResponse] = deque()
@@ -374,6 +377,12 @@ class _Session:
         events, self._events = self._events, []
         messages = [wire.event_message(event) for event in events]
         return gateway_pb2.SessionResponse(events=gateway_pb2.TokenEvents(events=messages))
+
+    def changes(self, prefixes: Mapping[int, int]) -> gateway_pb2.SessionResponse | None:
+        """Return what has changed of the prefixes that the gateway keeps; None for nothing."""
+        known, self._prefixes = self._prefixes, prefixes
+        changes = wire.prefixes_message(known, prefixes)
+        return changes and gateway_pb2.SessionResponse(prefixes=changes)
 
     def reader_ended(self, reader: "asyncio.Task[None]") -> None:
         """Let the stream end when no more commands can come."""

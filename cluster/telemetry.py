@@ -131,6 +131,31 @@ GATEWAY_SAMPLES = (
         _COUNT,
         "Sequences that went on elsewhere while it drained.",
     ),
+    Sample("prefix_lookups", "expertmesh_prefix_lookups", _COUNT, "Sequences that were admitted."),
+    Sample("prefix_hits", "expertmesh_prefix_hits", _COUNT, "Those that began from a kept state."),
+    Sample(
+        "prefix_hit_tokens", "expertmesh_prefix_hit_tokens", _COUNT, "Tokens not computed again."
+    ),
+    Sample("prefix_blocks", "expertmesh_prefix_blocks", _GAUGE, "KV blocks kept, held or not."),
+    Sample("prefix_states", "expertmesh_prefix_states", _GAUGE, "Recurrent states kept."),
+    Sample(
+        "prefix_kv_bytes", "expertmesh_prefix_kv_bytes", _GAUGE, "KV blocks kept, on each rank."
+    ),
+    Sample(
+        "prefix_state_bytes", "expertmesh_prefix_state_bytes", _GAUGE, "States kept, on each rank."
+    ),
+    Sample(
+        "prefix_block_evictions",
+        "expertmesh_prefix_block_evictions",
+        _COUNT,
+        "Kept KV blocks that were dropped.",
+    ),
+    Sample(
+        "prefix_state_evictions",
+        "expertmesh_prefix_state_evictions",
+        _COUNT,
+        "Kept states that made way for others.",
+    ),
 )
 WORKER_SAMPLES = (
     Sample("slots_used", "expertmesh_worker_slots_used", _GAUGE, "Slots that hold an expert."),

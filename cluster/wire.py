@@ -1,6 +1,6 @@
 """gateway.proto <-> the words of the data plane, for both ends of a session, and of a push."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from cluster.ownership.directory import Claim
 from cluster.pb.expertmesh.v1 import cluster_pb2, gateway_pb2, inference_pb2
@@ -78,6 +78,7 @@ def submit_message(request: Request) -> gateway_pb2.Submit:
         snapshots=[place_message(place) for place in request.snapshots],
         resume_window_s=request.resume_window_s,
         deaths=request.deaths,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -128,6 +129,7 @@ def request_of(message: gateway_pb2.Submit) -> Request:
         snapshots=tuple(map(place_of, message.snapshots)),
         resume_window_s=message.resume_window_s,
         deaths=message.deaths,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -286,6 +288,29 @@ def stats_of(message: cluster_pb2.GatewayStats) -> GatewayStats:
         rows_by_worker=dict(message.rows_by_worker),
         recoveries=tuple(message.recoveries),
     )
+
+
+def prefixes_message(
+    known: Mapping[int, int], kept: Mapping[int, int]
+) -> gateway_pb2.Prefixes | None:
+    """Return how what is kept differs from what the other end knows; None if it does not."""
+    if known == kept:
+        return None
+    return gateway_pb2.Prefixes(
+        added=[
+            gateway_pb2.Prefix(digest=digest, num_tokens=num_tokens)
+            for digest, num_tokens in kept.items()
+            if known.get(digest) != num_tokens
+        ],
+        removed=list(known.keys() - kept.keys()),
+    )
+
+
+def update_prefixes(known: dict[int, int], message: gateway_pb2.Prefixes) -> None:
+    """Apply what a gateway reports to what is known of it."""
+    for digest in message.removed:
+        known.pop(digest, None)
+    known.update({prefix.digest: prefix.num_tokens for prefix in message.added})
 
 
 def refusal_message(

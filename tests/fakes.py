@@ -52,6 +52,7 @@ class FakeGateway:
         self.aborted: list[str] = []
         self.failure: str | None = None
         self.is_draining = False
+        self.kept_prefixes: dict[int, int] = {}
         self._reply = reply
         self._tokens_per_step = tokens_per_step
         self._hold_after = hold_after
@@ -89,6 +90,9 @@ class FakeGateway:
                 kv_blocks_used=len(self._running),
                 rows_by_worker={"expert-0.1": 7},
             )
+
+    def prefixes(self) -> dict[int, int]:
+        return dict(self.kept_prefixes)
 
     @property
     def num_running(self) -> int:

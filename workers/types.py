@@ -65,6 +65,7 @@ class Request:
     `emitted` holds, per sequence, the tokens that the client already has (resumption), and
     `snapshots` where to find what need not be computed again. For `resume_window_s` it is kept when
     its client is gone, or when it has ended. `deaths` counts the gateways that died with it.
+    Only requests with the same `cache_salt` profit from each other's prompts.
     """
 
     request_id: str
@@ -78,6 +79,7 @@ class Request:
     snapshots: tuple[SnapshotPlace, ...] = ()
     resume_window_s: float = 0.0
     deaths: int = 0
+    cache_salt: str = ""
 
 
 class FinishReason(Enum):
@@ -105,6 +107,7 @@ class TokenEvent:
 
     `first_token_index` counts completion tokens from 0. `prompt_logprobs` comes once, with the
     first event of sequence 0; its first entry is None, since nothing precedes the first token.
+    `cached_tokens` of the prompt were found in the prefix cache.
     """
 
     request_id: str
@@ -135,6 +138,9 @@ class GatewayStats:
     `snapshots_evicted` of those that it keeps for others. `restores` counts the sequences that went
     on here from a snapshot, with the known tokens behind it that were computed again
     (`replayed_tokens`); `recomputes` those whose client had tokens and that began at the prompt.
+
+    What starts with `prefix` is of the prefix cache: `prefix_kv_bytes` and `prefix_state_bytes` are
+    of rank 0.
     """
 
     running: int = 0
@@ -164,6 +170,15 @@ class GatewayStats:
     moved: int = 0
     recoveries: tuple[int, ...] = ()
     rows_by_worker: dict[str, int] = field(default_factory=dict)
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_blocks: int = 0
+    prefix_states: int = 0
+    prefix_kv_bytes: int = 0
+    prefix_state_bytes: int = 0
+    prefix_block_evictions: int = 0
+    prefix_state_evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,6 +158,10 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         snapshot_tokens=section.snapshot_tokens,
         snapshot_token_bytes=section.snapshot_token_bytes,
         sibling_silence_s=section.sibling_silence_s,
+        prefix_cache=section.prefix_cache,
+        prefix_kv_bytes=section.prefix_kv_bytes,
+        prefix_state_bytes=section.prefix_state_bytes,
+        prefix_states_on_host=section.prefix_states_on_host,
         device=device,
         dispatch=DispatchOptions(
             transport=Transport(config.dispatch.transport),

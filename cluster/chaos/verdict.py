@@ -25,6 +25,7 @@ def replays(
     config = ModelConfig.load(directory)
     probe = GateProbe(config.num_layers)
     options = GatewayOptions(
+        prefix_cache=False,
         context_tokens=longest,
         max_sequences=1,
         num_kv_blocks=blocks_for(longest, GatewayOptions().block_tokens),

@@ -61,6 +61,7 @@ def record_trace(
     prompts = [_prompt(info, question) for question in questions]
     options = GatewayOptions(
         local_experts=True,
+        prefix_cache=False,
         max_sequences=max_sequences,
         max_waiting=len(prompts),
         context_tokens=max(map(len, prompts)) + max_tokens,
@@ -70,7 +71,7 @@ def record_trace(
     recorder = _Recorder(model, probe)
     engine = GatewayEngine(
         EngineOptions(
-            scheduler=options.scheduler_options(config),
+            scheduler=options.scheduler_options(config, group.size),
             vocab_size=config.vocab_size,
             context_tokens=options.context_tokens,
             max_waiting=options.max_waiting,

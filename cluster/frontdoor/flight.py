@@ -189,7 +189,7 @@ class Flight:
         former = self._former_session()
         if former is not None and former.is_connected and former.member.id not in self._refused_by:
             return former
-        return self._pool.choose(self._refused_by, holder)
+        return self._pool.choose(self._refused_by, self._request, holder)
 
     def _former_session(self) -> GatewaySession | None:
         return self._pool.find(self._former[0]) if self._former else None

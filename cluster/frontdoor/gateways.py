@@ -14,6 +14,7 @@ from cluster.frontdoor.silence import Silence
 from cluster.ownership.directory import NUM_DIRECTORIES, directories_of
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from workers.errors import ExpertmeshError
+from workers.gateway.prefix_digest import prefix_digests
 from workers.placement import Member, MemberId, MemberState, Role, View
 from workers.types import GatewayStats, Request, SnapshotPlace, TokenEvent
 
@@ -35,20 +36,31 @@ _CHANNEL_OPTIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLoad:
-    """What the choice of a gateway looks at: tokens promised and not yet delivered."""
+    """What the choice of a gateway looks at.
+
+    `outstanding_tokens` are promised and not yet delivered; `cached_tokens` of the prompt in
+    question need not be computed there.
+    """
 
     id: MemberId
     outstanding_tokens: int
+    cached_tokens: int = 0
 
 
 def choose_gateway(
     loads: Iterable[GatewayLoad], excluding: Collection[MemberId] = ()
 ) -> MemberId | None:
-    """Return the gateway with the fewest outstanding tokens; None when there is none."""
+    """Return the gateway with the fewest tokens ahead of a request's end; None if there is none.
+
+    What is cached counts like tokens that are delivered already, so that a prefix which everybody
+    shares draws requests to its gateway only until that one is busier by as much.
+    """
     open_to_it = [load for load in loads if load.id not in excluding]
     if not open_to_it:
         return None
-    return min(open_to_it, key=lambda load: (load.outstanding_tokens, load.id)).id
+    return min(
+        open_to_it, key=lambda load: (load.outstanding_tokens - load.cached_tokens, load.id)
+    ).id
 
 
 class Passenger(Protocol):
@@ -131,6 +143,7 @@ class GatewaySession:
         self._num_tickets = 0
         self._let_go: dict[str, int] = {}  # what the gateway may still hold, and must free
         self._silence = Silence(options.gateway_silence_s)
+        self._prefixes: dict[int, int] = {}  # digests with their numbers of tokens
         self._outgoing: asyncio.Queue[gateway_pb2.SessionRequest] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
 
@@ -139,16 +152,19 @@ class GatewaySession:
         """Whether new requests may be sent to it."""
         return self.is_connected and self.member.state is MemberState.ACTIVE
 
-    @property
-    def load(self) -> GatewayLoad:
-        """What the choice of a gateway looks at."""
-        tokens = sum(seat.weight_tokens for seat in self._seats.values())
-        return GatewayLoad(id=self.member.id, outstanding_tokens=tokens)
+    def load(self, request: Request | None = None) -> GatewayLoad:
+        """Return what the choice of a gateway for a request looks at."""
+        return GatewayLoad(
+            id=self.member.id,
+            outstanding_tokens=sum(seat.weight_tokens for seat in self._seats.values()),
+            cached_tokens=0 if request is None else self._cached_tokens(request),
+        )
 
     def submit(self, request: Request, passenger: Passenger) -> None:
         """Send a request; its events are delivered to the passenger."""
         completion = min(request.stopping.max_tokens, self._options.expected_tokens)
-        weight = len(request.prompt_token_ids) + request.num_sequences * completion
+        uncached = len(request.prompt_token_ids) - self._cached_tokens(request)
+        weight = uncached + request.num_sequences * completion
         self._seats[request.request_id, request.assignment] = _Seat(passenger, weight)
         self.send(gateway_pb2.SessionRequest(submit=wire.submit_message(request)))
 
@@ -200,6 +216,17 @@ class GatewaySession:
         """End the stream; its requests are lost to it."""
         self._task.cancel()
         await asyncio.wait([self._task])
+
+    def _cached_tokens(self, request: Request) -> int:
+        """Return the length of the longest prefix of a prompt whose state the gateway keeps."""
+        prompt = request.prompt_token_ids
+        lengths = sorted({n for n in self._prefixes.values() if n < len(prompt)})
+        cached = (
+            length
+            for length, digest in prefix_digests(request.cache_salt, prompt, lengths)
+            if digest in self._prefixes
+        )
+        return max(cached, default=0)
 
     async def _run(self) -> None:
         async with grpc.aio.insecure_channel(
@@ -265,6 +292,8 @@ class GatewaySession:
         match response.WhichOneof("report"):
             case "stats":
                 self.stats = wire.stats_of(response.stats)
+            case "prefixes":
+                wire.update_prefixes(self._prefixes, response.prefixes)
             case "events":
                 self._deliver(response.events.events)
             case "refusal":
@@ -318,6 +347,7 @@ class GatewaySession:
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_result(None)
+        self._prefixes.clear()
         seats, self._seats = self._seats, {}
         for seat in seats.values():
             seat.passenger.lost()
@@ -354,7 +384,10 @@ class GatewayPool:
         self._note()
 
     def choose(
-        self, excluding: Collection[MemberId] = (), holder: str = ""
+        self,
+        excluding: Collection[MemberId] = (),
+        request: Request | None = None,
+        holder: str = "",
     ) -> GatewaySession | None:
         """Return the session of the gateway that a request should go to, if there is one.
 
@@ -364,7 +397,7 @@ class GatewayPool:
             is_holder = str(session.member.id) == holder
             if is_holder and session.takes_work and session.member.id not in excluding:
                 return session
-        loads = [session.load for session in self._sessions.values() if session.takes_work]
+        loads = [session.load(request) for session in self._sessions.values() if session.takes_work]
         chosen = choose_gateway(loads, excluding)
         return None if chosen is None else self._sessions[chosen]
 

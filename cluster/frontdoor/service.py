@@ -119,7 +119,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             else:
                 token_ids = await self._tokenize(request.text)
             request_id = request.request_id or uuid.uuid4().hex
-            job = self._job(request, token_ids, self._key(tenant, request_id))
+            job = self._job(request, token_ids, tenant, request_id)
             answer = GenerateAnswer(job, request_id, self._model)
             await self._stream(job, answer, context, arrived_s)
 
@@ -134,7 +134,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             prompt = self._render(request, tools)
             token_ids = await self._tokenize(prompt)
             request_id = request.request_id or uuid.uuid4().hex
-            job = self._job(request, token_ids, self._key(tenant, request_id))
+            job = self._job(request, token_ids, tenant, request_id)
             in_reasoning, schemas = starts_in_reasoning(prompt), translate.schemas_of(tools)
             parsers = [
                 OutputParser(in_reasoning=in_reasoning, tools=schemas)
@@ -224,8 +224,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         encode = self._model.tokenizer.encode
         return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
 
-    def _job(self, request: translate.AnyRequest, token_ids: tuple[int, ...], key: str) -> Job:
+    def _job(
+        self,
+        request: translate.AnyRequest,
+        token_ids: tuple[int, ...],
+        tenant: str,
+        request_id: str,
+    ) -> Job:
         """Return the validated request; its id is on every line that this call logs from now."""
+        key = self._key(tenant, request_id)
         structlog.contextvars.bind_contextvars(request_id=key)
         job = translate.job_of(
             request,
@@ -234,6 +241,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             request_id=key,
             seed=secrets.randbits(63),
             default_max_tokens=self._parts.options.default_max_tokens,
+            cache_salt=tenant,
         )
         check(
             job,

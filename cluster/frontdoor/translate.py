@@ -90,6 +90,7 @@ def job_of(
     request_id: str,
     seed: int,
     default_max_tokens: int,
+    cache_salt: str = "",
 ) -> Job:
     """Return a request in full, completed from the model's defaults; its rules are not checked.
 
@@ -119,6 +120,7 @@ def job_of(
             num_sequences=num_sequences,
             emitted=_emitted_of(message.resume_from, num_sequences),
             resume_window_s=message.resume_window_s,
+            cache_salt=cache_salt,
         ),
         stop_strings=tuple(stopping.stop_strings),
         is_named=bool(message.request_id),

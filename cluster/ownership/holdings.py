@@ -41,6 +41,10 @@ class ServingGateway(Protocol):
         """Return load and counters."""
         ...
 
+    def prefixes(self) -> Mapping[int, int]:
+        """Return the digests of prefixes whose states are kept, with their numbers of tokens."""
+        ...
+
 
 class Listener(Protocol):
     """A session with a front door."""

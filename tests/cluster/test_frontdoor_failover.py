@@ -1,6 +1,7 @@
 """Gateways that die, drain, refuse or speak out of turn: every token once, nothing lost."""
 
 import asyncio
+from hashlib import sha256
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc, inference_pb
 from tests.cluster.harness_frontdoor import DEMO, WAIT_S, front_door, saying, until
 from tests.cluster.test_frontdoor import all_of, text_of, tokens_of
 from tests.fakes import FakeGateway
+from workers.gateway.prefix_digest import prefix_digest
 from workers.placement import MemberState
 
 GREETING = "the quick brown fox jumps over the lazy dog"
@@ -50,6 +52,35 @@ async def test_a_stream_goes_on_at_another_gateway_without_gap_or_repeat(model):
         tuple(model.tokenizer.encode(texts[0])[: len(r.emitted[0])]) for r in requests[1:]
     ]
     assert {r.sampling.seed for r in requests} == {5}
+
+
+async def test_a_request_goes_to_the_gateway_that_keeps_its_longest_prefix(model, tmp_path):
+    keys = {"alpha": b"ka", "beta": b"kb"}
+    path = tmp_path / "keys"
+    path.write_text("".join(f"{t}: {sha256(k).hexdigest()}\n" for t, k in keys.items()))
+    options = FrontDoorOptions(api_keys_file=str(path))
+    gateways = [FakeGateway(saying(model, "a b c")) for _ in range(3)]
+    prompt = list(range(40))
+    for gateway, length in ((gateways[1], 16), (gateways[2], 32)):
+        gateway.kept_prefixes = {prefix_digest("alpha", prompt[:length]): length}
+    async with front_door(*gateways, model=model, options=options) as site:
+        sessions = site.door._parts.pool._sessions
+        await until(lambda: sum(bool(s._prefixes) for s in sessions.values()) == 2)
+
+        async def ask(key, *tokens):
+            request = GENERATE(token_ids={"ids": tokens})
+            await all_of(
+                site.inference.Generate(request, metadata=[("x-api-key", key)], timeout=WAIT_S)
+            )
+
+        await ask("ka", *prompt)
+        await ask("ka", *prompt[:20], 99)
+        await ask("kb", *prompt)  # another tenant: its prompts are its own
+        gateways[2].kept_prefixes = {}
+        await until(lambda: sum(bool(s._prefixes) for s in sessions.values()) == 1)
+        await ask("ka", *prompt)
+    found = [[r.cache_salt for r in gateway.submitted] for gateway in gateways]
+    assert found == [["beta"], ["alpha", "alpha"], ["alpha"]]
 
 
 async def test_a_request_waits_for_a_gateway_up_to_its_bound(model):

@@ -17,8 +17,8 @@ from tests.conformance.harness_model import (
     published,
     write_oracle,
 )
+from workers.model.batch import CHUNK_TOKENS
 from workers.model.decoder import DecoderOptions
-from workers.model.step import CHUNK_TOKENS
 
 STABLE = DecoderOptions(bit_stable=True)
 PROMPT_TOKENS = {0: 1, 1: 20, 2: 64, 3: 65, 4: 100, 5: 130}

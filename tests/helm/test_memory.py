@@ -112,12 +112,12 @@ def test_a_gateway_s_weights_caches_and_states_fit_into_its_gpus(stem):
     options = GatewayOptions(
         max_sequences=section.max_sequences, block_tokens=section.block_tokens,
         num_kv_blocks=section.kv_blocks, context_tokens=section.context_tokens,
-    ).scheduler_options(model)  # fmt: skip
+    ).scheduler_options(model, section.tensor_parallel)  # fmt: skip
     kv = options.num_kv_blocks * section.block_tokens
     used = (
         max(plan.rank_bytes)
         + kv * kv_bytes_per_token(model, section.tensor_parallel, dtype)
-        + 3
+        + (3 + 1)  # those of running sequences with their copies in a step, and kept ones
         * section.max_sequences
         * state_bytes_per_sequence(model, section.tensor_parallel, dtype)
     )

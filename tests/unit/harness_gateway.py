@@ -1,6 +1,7 @@
 """A model whose next token depends on the whole history, and engines over it, for gateway tests."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from workers.gateway.capture import CaptureBook
 from workers.gateway.engine import EngineOptions, GatewayEngine
 from workers.gateway.lockstep import Leader, LoneVote, Take, drop
+from workers.gateway.prefix_cache import PrefixOptions
 from workers.gateway.scheduler import SchedulerOptions
 from workers.gateway.snapshot import Ended, Holder
 from workers.model.batch import Segment, StepBatch
@@ -29,8 +31,9 @@ def history_logits(history: tuple[int, ...]) -> Tensor:
 class HistoryModel:
     """Decoder and cache in one: keeps the tokens themselves in KV rows and recurrent states.
 
-    Both are checked against each other at every step, so a block that two sequences hold, a state
-    that was committed twice or a row that was not recomputed fails the step.
+    Both are checked against each other at every step, so a block that is written to while another
+    sequence or the prefix cache needs it, a state that was committed twice, a checkpoint of other
+    tokens or a row that was not recomputed fails the step.
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -40,12 +43,14 @@ class HistoryModel:
         self._kv: dict[tuple[int, int], int] = {}
         self._states: dict[int, tuple[int, ...]] = {}
         self._staged: dict[int, tuple[int, ...]] = {}
+        self._checkpoints: dict[int, tuple[int, ...]] = {}
 
     def forward(self, batch: StepBatch) -> Tensor:
         assert not self._staged, "the step before was neither committed nor discarded"
         self.batches.append(batch)
-        blocks = [b for s in batch.segments for b in s.kv_blocks]
-        assert len(blocks) == len(set(blocks))
+        held = Counter(b for s in batch.segments for b in s.kv_blocks)
+        written = [b for s in batch.segments for b in s.kv_blocks[s.start // self.block_tokens :]]
+        assert all(held[b] == 1 for b in written), "a block is written that another one reads"
         assert len({s.state_block for s in batch.segments}) == len(batch.segments)
         rows = [self._advance(s) for s in batch.segments]
         if self.fail(batch):
@@ -75,6 +80,18 @@ class HistoryModel:
         for position, token_id in enumerate(rows):
             block, offset = divmod(position, self.block_tokens)
             self._kv[kv_blocks[block], offset] = token_id
+
+    def save_state(self, state_block: int, place: int) -> None:
+        self._checkpoints[place] = self._states[state_block]
+
+    def load_state(self, place: int, state_block: int) -> None:
+        self._states[state_block] = self._checkpoints[place]
+
+    def copy_kv_block(self, source: int, target: int) -> None:
+        for offset in range(self.block_tokens):
+            self._kv.pop((target, offset), None)
+            if (source, offset) in self._kv:
+                self._kv[target, offset] = self._kv[source, offset]
 
     def _advance(self, segment: Segment) -> list[Tensor]:
         before = self._states[segment.state_block] if segment.start else ()
@@ -145,6 +162,7 @@ def make_engine(
     book: CaptureBook | None = None,
     take: Take = drop,
     on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
+    prefix: PrefixOptions | None = None,
 ) -> tuple[GatewayEngine, HistoryModel]:
     model = HistoryModel(block_tokens)
     options = EngineOptions(
@@ -154,6 +172,7 @@ def make_engine(
             block_tokens=block_tokens,
             num_kv_blocks=num_kv_blocks,
             bit_stable=bit_stable,
+            prefix=prefix or PrefixOptions(),
         ),
         vocab_size=VOCAB_SIZE,
         context_tokens=context_tokens,
@@ -172,6 +191,7 @@ def make_request(
     num_sequences: int = 1,
     emitted: tuple[tuple[int, ...], ...] = (),
     stopping: Stopping | None = None,
+    cache_salt: str = "",
     **sampling: object,
 ) -> Request:
     return Request(
@@ -182,6 +202,7 @@ def make_request(
         output=output or Output(),
         num_sequences=num_sequences,
         emitted=emitted,
+        cache_salt=cache_salt,
     )
 
 

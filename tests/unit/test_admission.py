@@ -171,3 +171,17 @@ def test_the_gateway_with_the_fewest_outstanding_tokens_is_chosen():
     assert choose_gateway(loads, {b}) == c
     assert choose_gateway(loads, {a, b, c}) is None
     assert choose_gateway([]) is None
+
+
+def test_a_kept_prefix_draws_requests_until_its_gateway_is_busier_by_as_much():
+    warm, cold = MemberId("gateway-1", 1), MemberId("gateway-0", 1)
+
+    def chosen(outstanding_tokens):
+        return choose_gateway(
+            [
+                GatewayLoad(id=warm, outstanding_tokens=outstanding_tokens, cached_tokens=500),
+                GatewayLoad(id=cold, outstanding_tokens=100),
+            ]
+        )
+
+    assert [chosen(tokens) for tokens in (100, 599, 601)] == [warm, warm, cold]

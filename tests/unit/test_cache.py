@@ -1,10 +1,15 @@
 """Staged states and memory arithmetic."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from tests.unit.harness_checkpoint import tiny_config
 from workers.model.cache import SequenceCache, kv_bytes_per_token, state_bytes_per_sequence
 from workers.model.config import ModelConfig
+
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "qwen3.5-397b-a17b" / "config.json"
 
 
 def make_cache(**sizes: int) -> SequenceCache:
@@ -90,6 +95,61 @@ def test_memory_arithmetic_is_what_a_cache_takes() -> None:
         )
         kv = 24 * kv_bytes_per_token(config, size)
         assert cache.num_bytes == kv + 5 * state_bytes_per_sequence(config, size)
+
+
+@pytest.mark.skipif(
+    not PUBLISHED.exists(), reason="the published files are not beside the repository"
+)
+def test_the_published_models_memory_is_what_its_shapes_say() -> None:
+    config = ModelConfig.load(PUBLISHED.parent)
+    bf16 = torch.bfloat16
+
+    def allocated(size: int, **blocks: int) -> int:
+        """Bytes that a rank's cache takes, on a device without memory."""
+        sizes = {"num_kv_blocks": 0, "num_state_blocks": 0, "block_tokens": 16} | blocks
+        meta = torch.device("meta")
+        return SequenceCache(config, tp_size=size, dtype=bf16, device=meta, **sizes).num_bytes
+
+    # KV: 15 layers of 2 heads of 256 for keys and values. States: 45 layers of 64 x 128 x 128
+    # float32 and of 3 x 12288 convolution inputs.
+    assert allocated(1, num_kv_blocks=1) == 16 * 30_720
+    assert allocated(1, num_state_blocks=1) == 192_061_440
+    for size in (1, 2, 4, 8, 16):
+        kv, state = allocated(size, num_kv_blocks=1), allocated(size, num_state_blocks=1)
+        assert kv == 16 * 30_720 // min(size, 2)  # the KV heads are two
+        assert state == allocated(size, num_checkpoints=1) == 192_061_440 // size
+        assert kv == 16 * kv_bytes_per_token(config, size, bf16)
+        assert state == state_bytes_per_sequence(config, size, bf16)
+    whole_context = allocated(1, num_kv_blocks=262_144 // 16, num_state_blocks=1)
+    assert whole_context == 262_144 * 30_720 + 192_061_440
+
+
+def test_a_checkpoint_is_a_copy_also_of_what_is_not_in_its_block_yet() -> None:
+    cache = make_cache(num_checkpoints=2)
+    for value in (1.0, 2.0):  # resident from the second step on
+        step(cache, [1, 3], value)
+        cache.commit()
+    cache.save_state(3, 1)
+    step(cache, [1, 3], 5.0)
+    cache.commit()
+    cache.load_state(1, 0)
+
+    assert read(cache, 0, 1, 3) == [2.0, 5.0, 5.0]
+    step(cache, [0], 7.0)
+    cache.commit()
+    cache.load_state(1, 3)
+    assert read(cache, 0, 3) == [7.0, 2.0]
+
+
+def test_a_copied_kv_block_is_the_same_in_all_layers() -> None:
+    cache = make_cache()
+    cache.kv(0)[2] = torch.randn_like(cache.kv(0)[2])
+    cache.copy_kv_block(2, 5)
+    copied = cache.kv(0)[5].clone()
+    cache.kv(0)[2] = 0
+
+    assert copied.any()
+    assert torch.equal(cache.kv(0)[5], copied)
 
 
 def test_kv_heads_are_replicated_beyond_their_number() -> None:

@@ -12,6 +12,7 @@ from tests.unit.harness_gateway import (
     run_to_end,
 )
 from workers.gateway.capture import CaptureBook, Captured, is_due
+from workers.gateway.prefix_cache import PrefixOptions
 from workers.gateway.sequence import Sequence
 from workers.gateway.snapshot import Holder, Snapshot, digest_of, snapshot_interval
 from workers.types import FinishReason, Output, Request
@@ -151,6 +152,50 @@ def test_a_restored_sequence_may_be_preempted() -> None:
     assert after.engine.stats().preemptions > 0
     for request in requests:
         assert after.tokens(request)[8:] == expected_tokens(request)[8:]
+
+
+@pytest.mark.parametrize(("kept", "begins_at", "restores"), [(0, 24, 1), (20, 24, 1), (30, 28, 0)])
+def test_the_longer_of_a_snapshot_and_a_kept_prefix_wins(kept, begins_at, restores) -> None:
+    """`kept` tokens of the prompt were served before, and leave a state at a block's end."""
+    options = PrefixOptions(num_places=8, least_gain_tokens=4)
+    request = make_request(prompt=tuple(range(32)), max_tokens=5)
+    site = Site(step_tokens=8)
+    site.engine.submit(request)
+    for _ in range(4):
+        site.step()
+    snapshot = site.newest(request, 25)
+    assert snapshot.stamp.position == 24
+
+    after = Site(prefix=options, step_tokens=64)
+    if kept:
+        after.engine.submit(make_request("before", request.prompt_token_ids[:kept], max_tokens=1))
+        run_to_end(after.engine, after.transcript)
+        after.model.batches.clear()
+    after.engine.submit(replace(request, assignment=2), {0: snapshot})
+    run_to_end(after.engine, after.transcript)
+
+    assert after.tokens(request) == expected_tokens(request)
+    assert after.model.batches[0].segments[0].start == begins_at
+    assert after.engine.stats().restores == restores
+    # What was restored is kept for others, in blocks of its own.
+    again = make_request("again", request.prompt_token_ids, max_tokens=5)
+    after.engine.submit(again)
+    run_to_end(after.engine, after.transcript)
+    assert after.tokens(again) == expected_tokens(request)
+    assert after.transcript.last["again", 0].cached_tokens == 28
+
+
+def test_a_sequence_that_begins_from_a_kept_prefix_is_captured_whole() -> None:
+    request = make_request(prompt=tuple(range(32)), max_tokens=12)
+    site = Site(prefix=PrefixOptions(num_places=8, least_gain_tokens=4), step_tokens=64)
+    site.run(replace(request, request_id="before"), 12)
+    site.run(request, 12)
+    snapshot = site.newest(request, 41)
+    after = resume(request, site.tokens(request)[:9], snapshot)
+
+    assert site.transcript.last["r", 0].cached_tokens > 0
+    assert after.engine.stats().restores == 1
+    assert after.tokens(request)[9:] == expected_tokens(request)[9:]
 
 
 def test_a_slow_holder_costs_snapshots_and_no_step() -> None:

@@ -74,6 +74,7 @@ def job_of(message, model, num_prompt_tokens=4):
             num_sequences=2,
             assignment=3,
             emitted=((1, 2), ()),
+            cache_salt="tenant",
         ),
     ],
 )
@@ -106,6 +107,18 @@ def test_a_request_reaches_the_gateway_as_it_was(request_):
 def test_an_event_reaches_the_front_door_as_it_was(event):
     message = gateway_pb2.TokenEvent.FromString(wire.event_message(event).SerializeToString())
     assert wire.event_of(message) == event
+
+
+def test_a_front_door_knows_the_prefixes_that_a_gateway_keeps():
+    known: dict[int, int] = {}
+    reported: dict[int, int] = {}
+    for kept in ({1: 16, 2**64 - 1: 32}, {1: 16, 5: 48}, {5: 49}, {}):
+        message = wire.prefixes_message(reported, kept)
+        assert message is not None
+        wire.update_prefixes(known, gateway_pb2.Prefixes.FromString(message.SerializeToString()))
+        reported = kept
+        assert known == kept
+    assert wire.prefixes_message(reported, {}) is None
 
 
 def test_statistics_reach_the_front_door_as_they_were():

@@ -8,6 +8,7 @@ halves, until what fails is alone: those sequences end with an error, the others
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from types import MappingProxyType
 
 from torch import Tensor
@@ -90,7 +91,7 @@ class GatewayEngine:
         self._lock = threading.Lock()  # over all below; never held during a forward
         self._book = book or CaptureBook(0)
         self._survival = Survival(self._book, leader.enqueue, on_end)
-        self._scheduler = Scheduler(options.scheduler, self._survival.restore)
+        self._scheduler = Scheduler(options.scheduler, self._survival, leader.enqueue)
         self._requests: dict[str, list[Sequence]] = {}  # with unfinished sequences
         self._samplers: dict[Sequence, SamplerState] = {}
         self._over: list[Sequence] = []  # resumed with all their tokens there already
@@ -191,6 +192,7 @@ class GatewayEngine:
         with self._lock:
             scheduler, counters = self._scheduler, self._counters
             survival = self._survival
+            prefixes = scheduler.prefixes
             return GatewayStats(
                 running=scheduler.num_running,
                 waiting=scheduler.num_waiting,
@@ -210,7 +212,23 @@ class GatewayEngine:
                 replayed_tokens=survival.replayed_tokens,
                 recomputed_tokens=survival.recomputed_tokens,
                 moved=survival.moved,
+                prefix_lookups=prefixes.counters.lookups,
+                prefix_hits=prefixes.counters.hits,
+                prefix_hit_tokens=prefixes.counters.hit_tokens,
+                prefix_blocks=scheduler.kv.num_kept,
+                prefix_states=prefixes.tree.num_states,
+                prefix_block_evictions=prefixes.tree.num_block_evictions,
+                prefix_state_evictions=prefixes.tree.num_state_evictions,
             )
+
+    def prefixes(self, most: int) -> dict[int, int]:
+        """Return the digests of the prefixes whose states are kept, with their numbers of tokens.
+
+        When there are more than `most`, those that were used last.
+        """
+        with self._lock:
+            kept = islice(self._scheduler.prefixes.tree.checkpoints(), most)
+            return {checkpoint.digest: checkpoint.num_tokens for checkpoint in kept}
 
     def _compute(self, work: list[Work], *, retries: int) -> _Computed:
         for attempts_left in range(retries, -1, -1):
@@ -276,6 +294,7 @@ class GatewayEngine:
         if sequence.phase is Phase.PREFILLING:
             self._counters.tokens_prefilled += len(work.segment.token_ids)
         reason = sequence.commit(work.segment, result.scores, choice.token_id if choice else None)
+        self._scheduler.advanced(sequence)
         if reason is None and sequence not in self._aborted:
             self._survival.advance(sequence)
         if choice is None:
@@ -297,6 +316,7 @@ class GatewayEngine:
             prompt_logprobs=tuple(sequence.prompt_logprobs or ()) if is_first else (),
             finish=reason,
             stop_token_id=choice.token_id if reason is FinishReason.STOP else None,
+            cached_tokens=sequence.cached_tokens or 0,
         )
 
     def _reap(self) -> list[TokenEvent]:
@@ -320,6 +340,7 @@ class GatewayEngine:
             token_ids=(),
             finish=reason,
             stop_token_id=sequence.tokens[-1] if reason is FinishReason.STOP else None,
+            cached_tokens=sequence.cached_tokens or 0,
             error=error,
         )
 

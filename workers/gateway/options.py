@@ -7,7 +7,10 @@ import torch
 from workers.dispatch.options import DispatchOptions
 from workers.errors import ConfigError
 from workers.gateway.kv import blocks_for
-from workers.gateway.scheduler import CHUNK_TOKENS, SchedulerOptions
+from workers.gateway.prefix_cache import PrefixOptions
+from workers.gateway.scheduler import SchedulerOptions
+from workers.model.batch import CHUNK_TOKENS
+from workers.model.cache import kv_bytes_per_token, state_bytes_per_sequence
 from workers.model.config import ModelConfig
 
 
@@ -22,6 +25,10 @@ class GatewayOptions:
     ranks, that is, also how long rows may be parked where there are several; a rank that is frozen
     or cut off is noticed by `sibling_silence_s`, one that dies at once. For `snapshot_tokens` and
     `snapshot_token_bytes` see `snapshot_interval`.
+
+    The prefix cache keeps up to `prefix_kv_bytes` of KV beside what running sequences hold, and
+    `prefix_state_bytes` of states, a rank. Zeros are all KV that these leave free, and as many
+    states as sequences can run. States lie on the `device`, or in host memory.
     """
 
     max_sequences: int = 32
@@ -36,6 +43,10 @@ class GatewayOptions:
     dtype: str = "auto"
     device: str = "cpu"
     num_threads: int = 1
+    prefix_cache: bool = True
+    prefix_kv_bytes: int = 0
+    prefix_state_bytes: int = 0
+    prefix_states_on_host: bool = False
     group_timeout_s: float = 600.0
     snapshot_tokens: int = 0
     snapshot_token_bytes: int = 0
@@ -76,8 +87,8 @@ class GatewayOptions:
             )
         return self.context_tokens or config.max_context_tokens
 
-    def scheduler_options(self, config: ModelConfig) -> SchedulerOptions:
-        """Return the budgets of a step, with what is worked out from the model."""
+    def scheduler_options(self, config: ModelConfig, size: int) -> SchedulerOptions:
+        """Return the budgets of a step of `size` ranks, with what is worked out from the model."""
         context = self.context_of(config)
         whole = blocks_for(context, self.block_tokens)
         quarter = blocks_for(context // 4, self.block_tokens)
@@ -87,7 +98,22 @@ class GatewayOptions:
             block_tokens=self.block_tokens,
             num_kv_blocks=self.num_kv_blocks or max(whole, self.max_sequences * quarter),
             bit_stable=self.bit_stable,
+            prefix=self._prefix_options(config, size),
         )
+
+    def kv_block_bytes(self, config: ModelConfig, size: int) -> int:
+        """Return the bytes of one KV block on one of `size` ranks."""
+        return self.block_tokens * kv_bytes_per_token(config, size, self.compute_dtype)
+
+    def _prefix_options(self, config: ModelConfig, size: int) -> PrefixOptions:
+        if not self.prefix_cache:
+            return PrefixOptions()
+        state_bytes = state_bytes_per_sequence(config, size, self.compute_dtype)
+        num_places = self.prefix_state_bytes // state_bytes or self.max_sequences
+        max_idle_blocks = None
+        if self.prefix_kv_bytes:
+            max_idle_blocks = self.prefix_kv_bytes // self.kv_block_bytes(config, size)
+        return PrefixOptions(num_places=num_places, max_idle_blocks=max_idle_blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,3 +124,4 @@ class MemoryReport:
     experts_bytes: int
     kv_bytes: int
     state_bytes: int
+    checkpoint_bytes: int

@@ -11,7 +11,7 @@ from workers.dispatch.local import LocalDispatcher
 from workers.gateway.lockstep import Forward
 from workers.gateway.options import GatewayOptions, MemoryReport
 from workers.mesh import TensorParallelGroup
-from workers.model.cache import SequenceCache, kv_bytes_per_token, state_bytes_per_sequence
+from workers.model.cache import SequenceCache, state_bytes_per_sequence
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.model.decoder import Decoder, DecoderOptions
@@ -72,11 +72,14 @@ def load_rank(
         options=DecoderOptions(bit_stable=options.bit_stable, micro_batches=options.micro_batches),
         probe=probe,
     )
+    limits = options.scheduler_options(config, group.size)
     cache = SequenceCache(
         config,
-        num_kv_blocks=options.scheduler_options(config).num_kv_blocks,
+        num_kv_blocks=limits.num_kv_blocks,
         block_tokens=options.block_tokens,
         num_state_blocks=options.max_sequences,
+        num_checkpoints=limits.prefix.num_places,
+        checkpoint_device=torch.device("cpu") if options.prefix_states_on_host else device,
         tp_size=group.size,
         rank=group.rank,
         dtype=dtype,
@@ -113,10 +116,12 @@ def _memory(
     config: ModelConfig, options: GatewayOptions, group: TensorParallelGroup, *, num_experts: int
 ) -> MemoryReport:
     size, dtype = group.size, options.compute_dtype
-    kv_tokens = options.scheduler_options(config).num_kv_blocks * options.block_tokens
+    limits = options.scheduler_options(config, size)
+    state_bytes = state_bytes_per_sequence(config, size, dtype)
     return MemoryReport(
         weights_bytes=rank_bytes(config, group.rank, size, dtype),
         experts_bytes=num_experts * expert_bytes(config, dtype),
-        kv_bytes=kv_tokens * kv_bytes_per_token(config, size, dtype),
-        state_bytes=options.max_sequences * state_bytes_per_sequence(config, size, dtype),
+        kv_bytes=limits.num_kv_blocks * options.kv_block_bytes(config, size),
+        state_bytes=options.max_sequences * state_bytes,
+        checkpoint_bytes=limits.prefix.num_places * state_bytes,
     )

@@ -34,6 +34,7 @@ class Reference:
             max_sequences=num_sequences,
             num_kv_blocks=num_sequences * blocks_for(context_tokens, GatewayOptions().block_tokens),
             local_experts=dispatcher is None,
+            prefix_cache=False,
         )
         self._block_tokens = options.block_tokens
         self._blocks = options.num_kv_blocks // num_sequences

@@ -15,8 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from workers.gateway.kv import blocks_for
-from workers.gateway.scheduler import CHUNK_TOKENS
-from workers.model.batch import Segment, StepBatch
+from workers.model.batch import CHUNK_TOKENS, Segment, StepBatch
 from workers.model.cache import SequenceCache
 from workers.model.gate import GateProbe
 from workers.model.sampler import Choice, SamplerState, sample

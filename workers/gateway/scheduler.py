@@ -3,27 +3,28 @@
 Decode rows come first, so that a long prompt never stalls anybody; what is left of the token budget
 goes to prefill chunks, oldest sequence first; what is left then admits waiting sequences.
 
-KV blocks for all known tokens are taken at admission, so only decoding sequences grow. When blocks
-run out, the newest running sequence is preempted: it gives all its blocks back and is recomputed
-later. A sequence never preempts an older one, it rather stalls with what it has. So the oldest
-always advances, and since a request that does not fit alone is refused, all finish.
+KV blocks for all known tokens are taken at admission, so only decoding sequences grow. Blocks that
+only the prefix cache keeps are as good as free. When blocks run out, the newest running sequence is
+preempted: it gives all its blocks back and is recomputed later. A sequence never preempts an older
+one, it rather stalls with what it has. So the oldest always advances, and since a request that does
+not fit alone is refused, all finish.
 """
 
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from workers.errors import FieldViolation, InvalidRequestError
 from workers.gateway.kv import BlockPool, blocks_for
+from workers.gateway.operations import Operation
+from workers.gateway.prefix_cache import PrefixCache, PrefixOptions
+from workers.gateway.prefix_tree import Match
 from workers.gateway.sequence import Phase, Sequence
 from workers.gateway.state import StateBlocks
-from workers.model.batch import Segment
+from workers.model.batch import CHUNK_TOKENS, Segment
 from workers.types import FinishReason, Request
-
-CHUNK_TOKENS = (
-    64  # of the delta rule's chunked form; in bit-stable mode chunks end at its multiples
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class SchedulerOptions:
     block_tokens: int
     num_kv_blocks: int
     bit_stable: bool = False
+    prefix: PrefixOptions = field(default_factory=PrefixOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,56 @@ class Work:
     segment: Segment
 
 
+class Snapshots(Protocol):
+    """What sequences may go on from that another gateway began."""
+
+    def position(self, sequence: Sequence) -> int:
+        """Return how many tokens of a waiting sequence are in a snapshot."""
+        ...
+
+    def restore(self, sequence: Sequence) -> int:
+        """Fill the blocks of a sequence from its snapshot, if that brings it further.
+
+        Returns how many of its tokens are in its blocks before its next step.
+        """
+        ...
+
+
+class NoSnapshots:
+    """A gateway to which no sequence comes from another one."""
+
+    def position(self, sequence: Sequence) -> int:
+        """Return 0."""
+        return 0
+
+    def restore(self, sequence: Sequence) -> int:
+        """Leave the sequence as it is."""
+        return sequence.computed
+
+
 class Scheduler:
     """Owns which sequences wait and run, and the blocks that they hold.
 
-    `restore` is asked about each sequence that has just been given its blocks: how many of its
-    tokens are in them before its next step, out of a snapshot.
+    `enqueue` has every rank do something to its cache before the next step.
     """
 
     def __init__(
-        self, options: SchedulerOptions, restore: Callable[[Sequence], int] = lambda _: 0
+        self,
+        options: SchedulerOptions,
+        snapshots: Snapshots | None = None,
+        enqueue: Callable[[Operation], None] = lambda _: None,
     ) -> None:
         self._options = options
-        self._restore = restore
+        self._snapshots = snapshots or NoSnapshots()
         self.kv = BlockPool(options.num_kv_blocks)
         self.states = StateBlocks(options.max_sequences)
+        self.prefixes = PrefixCache(
+            options.prefix,
+            self.kv,
+            enqueue,
+            block_tokens=options.block_tokens,
+            bit_stable=options.bit_stable,
+        )
         self.num_preemptions = 0
         self._running: list[Sequence] = []  # oldest first
         self._returning: list[Sequence] = []  # oldest first
@@ -134,18 +172,22 @@ class Scheduler:
         if self.num_preemptions > preemptions_before:
             return work  # what was just freed is for those that run
         while budget > 0 and (candidate := self._next_admissible()) is not None:
-            self._admit(candidate)
-            num_tokens = self._prefill(candidate, budget, work)
+            self._admit(*candidate)
+            num_tokens = self._prefill(candidate[0], budget, work)
             budget -= num_tokens
             if num_tokens == 0:
                 break
         return work
 
+    def advanced(self, sequence: Sequence) -> None:
+        """Take note that what was scheduled of a sequence is committed."""
+        self.prefixes.advanced(sequence)
+
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence wherever it stands and free what it holds."""
+        """End a sequence wherever it stands and free what it holds; keep what may be of use."""
         if sequence.state_block is not None:
             self._running.remove(sequence)
-            self._release(sequence)
+            self._release(sequence, is_sound=reason is not FinishReason.ERROR)
         elif sequence.returning:
             self._returning.remove(sequence)
         else:
@@ -157,12 +199,14 @@ class Scheduler:
         lacking = blocks_for(len(sequence.tokens), self._options.block_tokens) - len(
             sequence.kv_blocks
         )
-        while lacking > self.kv.num_free:
+        while lacking > self.kv.num_free + self.kv.num_idle:
             newest = self._running[-1]
             if newest is sequence:
                 return False
             self._preempt(newest)
-        sequence.kv_blocks.extend(self.kv.take(max(lacking, 0)))
+        if lacking > 0:
+            self.prefixes.make_room(lacking)
+            sequence.kv_blocks.extend(self.kv.take(lacking))
         return True
 
     def _prefill(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
@@ -170,6 +214,7 @@ class Scheduler:
         num_tokens = min(sequence.pending, budget)
         if self._options.bit_stable:
             num_tokens = self._bit_stable_tokens(sequence, budget)
+        num_tokens = self.prefixes.cut(sequence, num_tokens)
         if num_tokens > 0:
             work.append(Work(sequence, sequence.segment(num_tokens)))
         return num_tokens
@@ -182,8 +227,8 @@ class Scheduler:
         whole = min(chunk_end, sequence.num_prompt) - sequence.computed
         return whole if whole <= budget else 0
 
-    def _next_admissible(self) -> Sequence | None:
-        """Return the sequence at the head of the queue, if there is room for it.
+    def _next_admissible(self) -> tuple[Sequence, Match] | None:
+        """Return the sequence at the head of the queue and what is kept of it, if there is room.
 
         Room means a block more than it needs for each sequence that runs already, so that it is
         not preempted again at once. Nobody overtakes the head, which so gets its turn.
@@ -191,26 +236,27 @@ class Scheduler:
         if not self.num_waiting or not self.states.num_free:
             return None
         head = self._returning[0] if self._returning else self._fresh[0]
-        needed = blocks_for(len(head.tokens), self._options.block_tokens)
-        return (
-            head if needed + len(self._running) <= self.kv.num_free or not self._running else None
-        )
+        match = self.prefixes.find(head)
+        needed = self.prefixes.num_lacking_blocks(head, match) + len(self._running)
+        has_room = needed <= self.kv.num_free + self.kv.num_idle or not self._running
+        return (head, match) if has_room else None
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence, match: Match) -> None:
         if sequence.returning:
             self._returning.remove(sequence)
         else:
             self._fresh.popleft()
         sequence.returning = True
         sequence.state_block = self.states.take()
-        needed = blocks_for(len(sequence.tokens), self._options.block_tokens)
-        sequence.kv_blocks = self.kv.take(needed)
-        sequence.computed = self._restore(sequence)
+        if self._snapshots.position(sequence) > match.position:
+            match = Match(0)  # a snapshot is written to blocks of the sequence's own
+        self.prefixes.begin(sequence, match)
+        sequence.computed = self._snapshots.restore(sequence)
         insort(self._running, sequence, key=_age)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._release(sequence)
+        self._release(sequence, is_sound=True)
         sequence.computed = 0
         self._return(sequence)
         self.num_preemptions += 1
@@ -218,12 +264,15 @@ class Scheduler:
     def _return(self, sequence: Sequence) -> None:
         insort(self._returning, sequence, key=_age)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, *, is_sound: bool) -> None:
         assert sequence.state_block is not None
+        if is_sound:
+            self.prefixes.ended(sequence)
         self.kv.give_back(sequence.kv_blocks)
         self.states.give_back(sequence.state_block)
         sequence.kv_blocks = []
         sequence.state_block = None
+        self.prefixes.trim()
 
 
 def _age(sequence: Sequence) -> int:

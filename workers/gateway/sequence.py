@@ -23,6 +23,10 @@ class Sequence:
     several prefills (for the first time, after preemption, or to resume what another gateway
     began). `order` is the age among all sequences of the gateway: lower is older.
 
+    `cached_tokens` of the prompt were not computed when the sequence was first admitted; None until
+    then. `cuts` are the positions at which its prefill pauses, so that its state there is kept.
+    A sequence is restored if it went on from another gateway's snapshot.
+
     `prompt_logprobs` fills up as the prompt is computed, once: preemption does not clear it. It
     stays None unless asked for, on sequence 0, by a client that has no tokens yet.
     """
@@ -37,6 +41,9 @@ class Sequence:
         self.computed = 0
         self.kv_blocks: list[int] = []
         self.state_block: int | None = None
+        self.cuts: tuple[int, ...] = ()
+        self.cached_tokens: int | None = None
+        self.is_restored = False
         self.returning = bool(emitted)  # resumed or preempted: waits ahead of those never admitted
         wants_scores = request.output.prompt_logprobs is not None and index == 0 and not emitted
         self.prompt_logprobs: list[TokenLogprob | None] | None = [None] if wants_scores else None
@@ -105,12 +112,18 @@ class Sequence:
         self.tokens.append(token_id)
         return self._reason_to_finish()
 
-    def _next_row_to_score(self, end: int) -> int | None:
-        """Return the first row before `end` whose successor is an unscored prompt token."""
+    @property
+    def first_unscored_row(self) -> int | None:
+        """The first row of the prompt whose logits are still wanted; None when there is none."""
         if self.prompt_logprobs is None:
             return None
         row = len(self.prompt_logprobs) - 1  # the row of the last token that has its entry
-        return row if self.computed <= row < min(end, self.num_prompt - 1) else None
+        return row if row < self.num_prompt - 1 else None
+
+    def _next_row_to_score(self, end: int) -> int | None:
+        """Return the first row before `end` whose successor is an unscored prompt token."""
+        row = self.first_unscored_row
+        return row if row is not None and self.computed <= row < end else None
 
     def _reason_to_finish(self) -> FinishReason | None:
         stopping = self.request.stopping

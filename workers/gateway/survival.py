@@ -44,11 +44,19 @@ class Survival:
         if sequence.num_completion:
             self._resumed.add(sequence)
 
+    def position(self, sequence: Sequence) -> int:
+        """Return how many tokens of a waiting sequence are in a snapshot."""
+        snapshot = self._snapshots.get(sequence)
+        return 0 if snapshot is None else snapshot.stamp.position
+
     def restore(self, sequence: Sequence) -> int:
-        """Have a sequence's blocks filled before its first step; return its computed tokens."""
+        """Have a sequence's blocks filled before its first step; return its computed tokens.
+
+        A snapshot that is no longer than what the sequence begins with anyway is dropped.
+        """
         snapshot = self._snapshots.pop(sequence, None)
-        position = 0
-        if snapshot is not None:
+        position = sequence.computed
+        if snapshot is not None and snapshot.stamp.position > position:
             assert sequence.state_block is not None
             position = snapshot.stamp.position
             self._enqueue(
@@ -59,10 +67,11 @@ class Survival:
                 )
             )
             self.restores += 1
+            sequence.is_restored = True
         if sequence in self._resumed:
             self._resumed.discard(sequence)
-            again = sequence.pending - position - 1  # the last token was never computed
-            if position:
+            again = len(sequence.tokens) - position - 1  # the last token was never computed
+            if sequence.is_restored:
                 self.replayed_tokens += again
             else:
                 self.recomputes += 1

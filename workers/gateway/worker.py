@@ -37,6 +37,7 @@ from workers.types import GatewayStats, Request
 
 IDLE_S = 0.5  # how often an idle rank 0 tells the others that it lives, and sees that they do
 VOTE_S = 2.0  # how long a rank whose step failed waits to hear that all others' did
+MOST_PREFIXES = 4096  # that front doors are told of
 CLOSE_S = 5.0  # how long a thread may take to end
 
 
@@ -244,7 +245,7 @@ class GatewayWorker:
 
     def stats(self) -> GatewayStats:
         """Return rank 0's load and counters; of the other ranks, what their links counted."""
-        stats = GatewayStats() if self._engine is None else self._engine.stats()
+        stats = GatewayStats() if self._engine is None else self._with_bytes(self._engine.stats())
         if self._links is None:
             return stats
         counters: dict[str, Any] = self._links.stats()
@@ -262,6 +263,10 @@ class GatewayWorker:
     def take_load(self) -> LoadReport | None:
         """Return how often this rank asked for experts since the last time."""
         return self._links.take_load() if self._links is not None else None
+
+    def prefixes(self) -> dict[int, int]:
+        """Return the digests of prefixes whose states are kept, with their numbers of tokens."""
+        return {} if self._engine is None else self._engine.prefixes(MOST_PREFIXES)
 
     def turn(self) -> None:
         """Take one step; or, with nothing to do, show the other ranks a sign of life and wait."""
@@ -343,10 +348,19 @@ class GatewayWorker:
 
     def _engine_options(self) -> EngineOptions:
         return EngineOptions(
-            scheduler=self._options.scheduler_options(self._config),
+            scheduler=self._options.scheduler_options(self._config, self._spec.size),
             vocab_size=self._config.vocab_size,
             context_tokens=self._options.context_of(self._config),
             max_waiting=self._options.max_waiting,
+        )
+
+    def _with_bytes(self, stats: GatewayStats) -> GatewayStats:
+        size, options = self._spec.size, self._options
+        state_bytes = state_bytes_per_sequence(self._config, size, options.compute_dtype)
+        return replace(
+            stats,
+            prefix_kv_bytes=stats.prefix_blocks * options.kv_block_bytes(self._config, size),
+            prefix_state_bytes=stats.prefix_states * state_bytes,
         )
 
     def _run(self, body: Callable[[], None]) -> None:

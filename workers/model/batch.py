@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+CHUNK_TOKENS = 64
+"""Tokens of a chunk of the delta rule. In bit-stable mode no segment crosses a multiple of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:

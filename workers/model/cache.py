@@ -59,6 +59,15 @@ class States:
     conv: Tensor  # [linear layers, S, J, C], the last J inputs of the convolution
     matrix: Tensor  # [linear layers, S, VH, DK, DV], float32
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return self.conv.nbytes + self.matrix.nbytes
+
+    def at(self, place: int) -> "States":
+        """Return one sequence's states in all layers: a view."""
+        return States(self.conv[:, place], self.matrix[:, place])
+
     def select(self, index: int | slice) -> "States":
         """Return some layers', or of one layer some sequences' states."""
         return States(self.conv[index], self.matrix[index])
@@ -79,6 +88,8 @@ class StagedStates:
 class SequenceCache:
     """KV blocks for full-attention layers, state blocks for linear layers; of one rank.
 
+    Checkpoints are states set aside for later sequences, on a device of their own if wanted.
+
     While the same sequences run step after step, their committed states stay in the layout of the
     step (resident) instead of being written to their blocks and read again: on a CPU that would
     take longer than the delta rule itself.
@@ -91,6 +102,8 @@ class SequenceCache:
         num_kv_blocks: int,
         block_tokens: int,
         num_state_blocks: int,
+        num_checkpoints: int = 0,
+        checkpoint_device: torch.device | None = None,
         tp_size: int = 1,
         rank: int = 0,
         dtype: torch.dtype = torch.float32,
@@ -109,14 +122,18 @@ class SequenceCache:
             dtype=dtype,
             device=device,
         )
-        blocks = (num_linear, num_state_blocks)
         value_heads = config.linear_num_value_heads // tp_size
         matrix = (value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
         window = (self.conv_window, conv_channels(config, tp_size))
-        self._states = States(
-            torch.zeros((*blocks, *window), dtype=dtype, device=device),
-            torch.zeros((*blocks, *matrix), device=device),
-        )
+
+        def states(num_blocks: int, device: torch.device | None) -> States:
+            return States(
+                torch.zeros((num_linear, num_blocks, *window), dtype=dtype, device=device),
+                torch.zeros((num_linear, num_blocks, *matrix), device=device),
+            )
+
+        self._states = states(num_state_blocks, device)
+        self._checkpoints = states(num_checkpoints, checkpoint_device or device)
         self._kv_layers: list[Tensor] = list(self._kv)
         self._staged: list[tuple[tuple[int, ...], States]] = []
         self._resident: dict[tuple[int, ...], States] = {}  # newer than their blocks
@@ -124,9 +141,8 @@ class SequenceCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all blocks."""
-        tensors = (self._kv, self._states.conv, self._states.matrix)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of all blocks and checkpoints."""
+        return self._kv.nbytes + self._states.num_bytes + self._checkpoints.num_bytes
 
     def kv(self, full_layer: int) -> Tensor:
         """Return [blocks, block_tokens, 2, G, head size] of the i-th full-attention layer."""
@@ -207,9 +223,21 @@ class SequenceCache:
         """Return the newest committed states of one sequence, wherever they lie: a view."""
         for blocks, states in self._resident.items():
             if state_block in blocks:
-                index = blocks.index(state_block)
-                return States(states.conv[:, index], states.matrix[:, index])
-        return States(self._states.conv[:, state_block], self._states.matrix[:, state_block])
+                return states.at(blocks.index(state_block))
+        return self._states.at(state_block)
+
+    def save_state(self, state_block: int, place: int) -> None:
+        """Copy a sequence's committed state to a checkpoint's place."""
+        _copy(self._committed(state_block), self._checkpoints.at(place))
+
+    def load_state(self, place: int, state_block: int) -> None:
+        """Copy a checkpoint into a state block; the checkpoint stays."""
+        self.settle()
+        _copy(self._checkpoints.at(place), self._states.at(state_block))
+
+    def copy_kv_block(self, source: int, target: int) -> None:
+        """Copy all keys and values of a block."""
+        self._kv[:, target] = self._kv[:, source]
 
     def _gather(self, blocks: tuple[int, ...], fresh: Sequence[int]) -> States:
         index_S = self._index(blocks)
@@ -224,3 +252,8 @@ class SequenceCache:
 
     def _index(self, blocks: tuple[int, ...]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self._states.matrix.device)
+
+
+def _copy(source: States, target: States) -> None:
+    target.conv.copy_(source.conv)
+    target.matrix.copy_(source.matrix)

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workers.model.batch import Segment
+from workers.model.batch import CHUNK_TOKENS, Segment
 from workers.model.layers import ROW_TILE
 from workers.model.rope import RotaryEmbedding
-
-CHUNK_TOKENS = 64
-"""Tokens of a chunk of the delta rule. In bit-stable mode no segment crosses a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

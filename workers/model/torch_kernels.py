@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.model.batch import CHUNK_TOKENS
 from workers.model.cache import SequenceCache, StagedStates
 from workers.model.delta_inputs import DeltaInputs
-from workers.model.step import CHUNK_TOKENS, Chunk, StepPlan
+from workers.model.step import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,7 +89,9 @@ class SimPool:
     def is_gone(self, gateway: MemberId) -> bool:
         return False  # poison is not this scenario's affair
 
-    def choose(self, refused_by: set[MemberId], holder: str) -> SimSession | None:
+    def choose(
+        self, refused_by: set[MemberId], _request: Request, _holder: str
+    ) -> SimSession | None:
         able = [s for s in self.sessions if s.member.id not in refused_by]
         return self.simulator.draw.choice(able) if able else None
 

@@ -26,19 +26,19 @@ from cluster.pb.expertmesh.v1 import cluster_pb2 as expertmesh_dot_v1_dot_cluste
 from cluster.pb.expertmesh.v1 import inference_pb2 as expertmesh_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/gateway.proto\x12\rexpertmesh.v1\x1a\x1b\x65xpertmesh/v1/cluster.proto\x1a\x1d\x65xpertmesh/v1/inference.proto\"S\n\x0bPushRequest\x12&\n\x04head\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.ShardHead\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\"?\n\x0cPushResponse\x12/\n\x07verdict\x18\x01 \x01(\x0e\x32\x1e.expertmesh.v1.SnapshotVerdict\"N\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0esequence_index\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\"E\n\rFetchResponse\x12&\n\x04head\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.ShardHead\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"c\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0esequence_index\x18\x02 \x01(\r\x12\x12\n\nassignment\x18\x03 \x01(\x04\x12\x11\n\thas_ended\x18\x04 \x01(\x08\"\x11\n\x0fReleaseResponse\"\x86\x02\n\tShardHead\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x12\n\nassignment\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\r\x12\x17\n\x0fweights_version\x18\x06 \x01(\t\x12\x0e\n\x06tokens\x18\x07 \x01(\x0c\x12\x0c\n\x04rank\x18\x08 \x01(\r\x12\x0c\n\x04size\x18\t \x01(\r\x12\r\n\x05start\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x10\n\x08kv_bytes\x18\x0c \x01(\x04\x12\x13\n\x0bstate_bytes\x18\r \x01(\x04\x12\x0e\n\x06\x64igest\x18\x0e \x01(\x0c\"\xbb\x02\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.HelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.AbortH\x00\x12%\n\x05\x63laim\x18\x14 \x01(\x0b\x32\x14.expertmesh.v1.ClaimH\x00\x12)\n\x07release\x18\x15 \x01(\x0b\x32\x16.expertmesh.v1.ReleaseH\x00\x12\'\n\x06\x64\x65tach\x18\x16 \x01(\x0b\x32\x15.expertmesh.v1.DetachH\x00\x12,\n\x06\x63\x61ncel\x18\x17 \x01(\x0b\x32\x1a.expertmesh.v1.CancelClaimH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\nfront_door\x18\x01 \x01(\t\"\xe2\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12)\n\x08stopping\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Stopping\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Output\x12(\n\x07\x65mitted\x18\x08 \x03(\x0b\x32\x17.expertmesh.v1.TokenIds\x12\x17\n\x0fresume_window_s\x18\x14 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x15 \x01(\r\x12/\n\tsnapshots\x18\x1e \x03(\x0b\x32\x1c.expertmesh.v1.SnapshotPlace\"I\n\rSnapshotPlace\x12\x16\n\x0esequence_index\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06holder\x18\x03 \x01(\t\"/\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"0\n\x06\x44\x65tach\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"\xa8\x01\n\x05\x43laim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x17\n\x0fresume_window_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x05 \x01(\r\x12\x0e\n\x06ticket\x18\x06 \x01(\x04\x12\r\n\x05\x61\x62ove\x18\x07 \x01(\x04\x12\x0c\n\x04held\x18\x08 \x01(\x04\x12\x12\n\ntakes_over\x18\t \x01(\x08\"Q\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x0e\n\x06keep_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x04 \x01(\r\"1\n\x0b\x43\x61ncelClaim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x04\"\xaf\x02\n\x0fSessionResponse\x12,\n\x05stats\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStatsH\x00\x12,\n\x06\x65vents\x18\x02 \x01(\x0b\x32\x1a.expertmesh.v1.TokenEventsH\x00\x12)\n\x07refusal\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.RefusalH\x00\x12)\n\x07\x63laimed\x18\x14 \x01(\x0b\x32\x16.expertmesh.v1.ClaimedH\x00\x12-\n\tcancelled\x18\x15 \x01(\x0b\x32\x18.expertmesh.v1.CancelledH\x00\x12\x31\n\x08snapshot\x18\x1e \x01(\x0b\x32\x1d.expertmesh.v1.SnapshotReportH\x00\x42\x08\n\x06report\"e\n\x0eSnapshotReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12+\n\x05place\x18\x03 \x01(\x0b\x32\x1c.expertmesh.v1.SnapshotPlace\"x\n\x07\x43laimed\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x10\n\x08is_known\x18\x03 \x01(\x08\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x18\n\x10owner_assignment\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65\x61ths\x18\x06 \x01(\r\"\x1f\n\tCancelled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"8\n\x0bTokenEvents\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.TokenEvent\"\xdf\x02\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12*\n\x06\x66inish\x18\x08 \x01(\x0e\x32\x1a.expertmesh.v1.EventFinish\x12\x1a\n\rstop_token_id\x18\t \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\n \x01(\r\x12\r\n\x05\x65rror\x18\x0b \x01(\tB\x10\n\x0e_stop_token_id\"\xce\x01\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12,\n\x06reason\x18\x03 \x01(\x0e\x32\x1c.expertmesh.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01\x12,\n\nviolations\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.Violation\x12\x17\n\x0fheld_assignment\x18\x14 \x01(\x04\"/\n\tViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t*\xc7\x01\n\x0fSnapshotVerdict\x12 \n\x1cSNAPSHOT_VERDICT_UNSPECIFIED\x10\x00\x12\x1b\n\x17SNAPSHOT_VERDICT_STORED\x10\x01\x12\x1d\n\x19SNAPSHOT_VERDICT_COMPLETE\x10\x02\x12\x1c\n\x18SNAPSHOT_VERDICT_NO_BASE\x10\x03\x12\x1a\n\x16SNAPSHOT_VERDICT_STALE\x10\x04\x12\x1c\n\x18SNAPSHOT_VERDICT_REFUSED\x10\x05*\xa7\x01\n\x0b\x45ventFinish\x12\x1c\n\x18\x45VENT_FINISH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_FINISH_STOP\x10\x01\x12\x17\n\x13\x45VENT_FINISH_LENGTH\x10\x02\x12\x1a\n\x16\x45VENT_FINISH_CANCELLED\x10\x03\x12\x16\n\x12\x45VENT_FINISH_ERROR\x10\x04\x12\x16\n\x12\x45VENT_FINISH_MOVED\x10\x05*\xfb\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x01\x12\x1c\n\x18REFUSAL_REASON_DUPLICATE\x10\x02\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x03\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x04\x12\x1d\n\x19REFUSAL_REASON_SUPERSEDED\x10\x14\x12\x18\n\x14REFUSAL_REASON_STALE\x10\x15\x12\x1b\n\x17REFUSAL_REASON_ISOLATED\x10\x16\x32^\n\x0eGatewayService\x12L\n\x07Session\x12\x1d.expertmesh.v1.SessionRequest\x1a\x1e.expertmesh.v1.SessionResponse(\x01\x30\x01\x32\xe4\x01\n\x0fSnapshotService\x12\x41\n\x04Push\x12\x1a.expertmesh.v1.PushRequest\x1a\x1b.expertmesh.v1.PushResponse(\x01\x12\x44\n\x05\x46\x65tch\x12\x1b.expertmesh.v1.FetchRequest\x1a\x1c.expertmesh.v1.FetchResponse0\x01\x12H\n\x07Release\x12\x1d.expertmesh.v1.ReleaseRequest\x1a\x1e.expertmesh.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/gateway.proto\x12\rexpertmesh.v1\x1a\x1b\x65xpertmesh/v1/cluster.proto\x1a\x1d\x65xpertmesh/v1/inference.proto\"S\n\x0bPushRequest\x12&\n\x04head\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.ShardHead\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\"?\n\x0cPushResponse\x12/\n\x07verdict\x18\x01 \x01(\x0e\x32\x1e.expertmesh.v1.SnapshotVerdict\"N\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0esequence_index\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\"E\n\rFetchResponse\x12&\n\x04head\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.ShardHead\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"c\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0esequence_index\x18\x02 \x01(\r\x12\x12\n\nassignment\x18\x03 \x01(\x04\x12\x11\n\thas_ended\x18\x04 \x01(\x08\"\x11\n\x0fReleaseResponse\"\x86\x02\n\tShardHead\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x12\n\nassignment\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\r\x12\x17\n\x0fweights_version\x18\x06 \x01(\t\x12\x0e\n\x06tokens\x18\x07 \x01(\x0c\x12\x0c\n\x04rank\x18\x08 \x01(\r\x12\x0c\n\x04size\x18\t \x01(\r\x12\r\n\x05start\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x10\n\x08kv_bytes\x18\x0c \x01(\x04\x12\x13\n\x0bstate_bytes\x18\r \x01(\x04\x12\x0e\n\x06\x64igest\x18\x0e \x01(\x0c\"\xbb\x02\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.HelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.AbortH\x00\x12%\n\x05\x63laim\x18\x14 \x01(\x0b\x32\x14.expertmesh.v1.ClaimH\x00\x12)\n\x07release\x18\x15 \x01(\x0b\x32\x16.expertmesh.v1.ReleaseH\x00\x12\'\n\x06\x64\x65tach\x18\x16 \x01(\x0b\x32\x15.expertmesh.v1.DetachH\x00\x12,\n\x06\x63\x61ncel\x18\x17 \x01(\x0b\x32\x1a.expertmesh.v1.CancelClaimH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\nfront_door\x18\x01 \x01(\t\"\xf6\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12)\n\x08stopping\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.Stopping\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Output\x12(\n\x07\x65mitted\x18\x08 \x03(\x0b\x32\x17.expertmesh.v1.TokenIds\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x17\n\x0fresume_window_s\x18\x14 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x15 \x01(\r\x12/\n\tsnapshots\x18\x1e \x03(\x0b\x32\x1c.expertmesh.v1.SnapshotPlace\"I\n\rSnapshotPlace\x12\x16\n\x0esequence_index\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06holder\x18\x03 \x01(\t\"/\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"0\n\x06\x44\x65tach\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\"\xa8\x01\n\x05\x43laim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x17\n\x0fresume_window_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x05 \x01(\r\x12\x0e\n\x06ticket\x18\x06 \x01(\x04\x12\r\n\x05\x61\x62ove\x18\x07 \x01(\x04\x12\x0c\n\x04held\x18\x08 \x01(\x04\x12\x12\n\ntakes_over\x18\t \x01(\x08\"Q\n\x07Release\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x0e\n\x06keep_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x64\x65\x61ths\x18\x04 \x01(\r\"1\n\x0b\x43\x61ncelClaim\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x04\"\xdc\x02\n\x0fSessionResponse\x12,\n\x05stats\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayStatsH\x00\x12,\n\x06\x65vents\x18\x02 \x01(\x0b\x32\x1a.expertmesh.v1.TokenEventsH\x00\x12)\n\x07refusal\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.RefusalH\x00\x12+\n\x08prefixes\x18\n \x01(\x0b\x32\x17.expertmesh.v1.PrefixesH\x00\x12)\n\x07\x63laimed\x18\x14 \x01(\x0b\x32\x16.expertmesh.v1.ClaimedH\x00\x12-\n\tcancelled\x18\x15 \x01(\x0b\x32\x18.expertmesh.v1.CancelledH\x00\x12\x31\n\x08snapshot\x18\x1e \x01(\x0b\x32\x1d.expertmesh.v1.SnapshotReportH\x00\x42\x08\n\x06report\"e\n\x0eSnapshotReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12+\n\x05place\x18\x03 \x01(\x0b\x32\x1c.expertmesh.v1.SnapshotPlace\"x\n\x07\x43laimed\x12\x0e\n\x06ticket\x18\x01 \x01(\x04\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x10\n\x08is_known\x18\x03 \x01(\x08\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x18\n\x10owner_assignment\x18\x05 \x01(\x04\x12\x0e\n\x06\x64\x65\x61ths\x18\x06 \x01(\r\"A\n\x08Prefixes\x12$\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x0b\x32\x15.expertmesh.v1.Prefix\x12\x0f\n\x07removed\x18\x02 \x03(\x06\",\n\x06Prefix\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x06\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x1f\n\tCancelled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"8\n\x0bTokenEvents\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.TokenEvent\"\xdf\x02\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12\x16\n\x0esequence_index\x18\x03 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12*\n\x06\x66inish\x18\x08 \x01(\x0e\x32\x1a.expertmesh.v1.EventFinish\x12\x1a\n\rstop_token_id\x18\t \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\n \x01(\r\x12\r\n\x05\x65rror\x18\x0b \x01(\tB\x10\n\x0e_stop_token_id\"\xce\x01\n\x07Refusal\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nassignment\x18\x02 \x01(\x04\x12,\n\x06reason\x18\x03 \x01(\x0e\x32\x1c.expertmesh.v1.RefusalReason\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01\x12,\n\nviolations\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.Violation\x12\x17\n\x0fheld_assignment\x18\x14 \x01(\x04\"/\n\tViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t*\xc7\x01\n\x0fSnapshotVerdict\x12 \n\x1cSNAPSHOT_VERDICT_UNSPECIFIED\x10\x00\x12\x1b\n\x17SNAPSHOT_VERDICT_STORED\x10\x01\x12\x1d\n\x19SNAPSHOT_VERDICT_COMPLETE\x10\x02\x12\x1c\n\x18SNAPSHOT_VERDICT_NO_BASE\x10\x03\x12\x1a\n\x16SNAPSHOT_VERDICT_STALE\x10\x04\x12\x1c\n\x18SNAPSHOT_VERDICT_REFUSED\x10\x05*\xa7\x01\n\x0b\x45ventFinish\x12\x1c\n\x18\x45VENT_FINISH_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45VENT_FINISH_STOP\x10\x01\x12\x17\n\x13\x45VENT_FINISH_LENGTH\x10\x02\x12\x1a\n\x16\x45VENT_FINISH_CANCELLED\x10\x03\x12\x16\n\x12\x45VENT_FINISH_ERROR\x10\x04\x12\x16\n\x12\x45VENT_FINISH_MOVED\x10\x05*\xfb\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x01\x12\x1c\n\x18REFUSAL_REASON_DUPLICATE\x10\x02\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x03\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x04\x12\x1d\n\x19REFUSAL_REASON_SUPERSEDED\x10\x14\x12\x18\n\x14REFUSAL_REASON_STALE\x10\x15\x12\x1b\n\x17REFUSAL_REASON_ISOLATED\x10\x16\x32^\n\x0eGatewayService\x12L\n\x07Session\x12\x1d.expertmesh.v1.SessionRequest\x1a\x1e.expertmesh.v1.SessionResponse(\x01\x30\x01\x32\xe4\x01\n\x0fSnapshotService\x12\x41\n\x04Push\x12\x1a.expertmesh.v1.PushRequest\x1a\x1b.expertmesh.v1.PushResponse(\x01\x12\x44\n\x05\x46\x65tch\x12\x1b.expertmesh.v1.FetchRequest\x1a\x1c.expertmesh.v1.FetchResponse0\x01\x12H\n\x07Release\x12\x1d.expertmesh.v1.ReleaseRequest\x1a\x1e.expertmesh.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SNAPSHOTVERDICT']._serialized_start=3210
-  _globals['_SNAPSHOTVERDICT']._serialized_end=3409
-  _globals['_EVENTFINISH']._serialized_start=3412
-  _globals['_EVENTFINISH']._serialized_end=3579
-  _globals['_REFUSALREASON']._serialized_start=3582
-  _globals['_REFUSALREASON']._serialized_end=3833
+  _globals['_SNAPSHOTVERDICT']._serialized_start=3388
+  _globals['_SNAPSHOTVERDICT']._serialized_end=3587
+  _globals['_EVENTFINISH']._serialized_start=3590
+  _globals['_EVENTFINISH']._serialized_end=3757
+  _globals['_REFUSALREASON']._serialized_start=3760
+  _globals['_REFUSALREASON']._serialized_end=4011
   _globals['_PUSHREQUEST']._serialized_start=106
   _globals['_PUSHREQUEST']._serialized_end=189
   _globals['_PUSHRESPONSE']._serialized_start=191
@@ -58,37 +58,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=1110
   _globals['_HELLO']._serialized_end=1137
   _globals['_SUBMIT']._serialized_start=1140
-  _globals['_SUBMIT']._serialized_end=1494
-  _globals['_SNAPSHOTPLACE']._serialized_start=1496
-  _globals['_SNAPSHOTPLACE']._serialized_end=1569
-  _globals['_ABORT']._serialized_start=1571
-  _globals['_ABORT']._serialized_end=1618
-  _globals['_DETACH']._serialized_start=1620
-  _globals['_DETACH']._serialized_end=1668
-  _globals['_CLAIM']._serialized_start=1671
-  _globals['_CLAIM']._serialized_end=1839
-  _globals['_RELEASE']._serialized_start=1841
-  _globals['_RELEASE']._serialized_end=1922
-  _globals['_CANCELCLAIM']._serialized_start=1924
-  _globals['_CANCELCLAIM']._serialized_end=1973
-  _globals['_SESSIONRESPONSE']._serialized_start=1976
-  _globals['_SESSIONRESPONSE']._serialized_end=2279
-  _globals['_SNAPSHOTREPORT']._serialized_start=2281
-  _globals['_SNAPSHOTREPORT']._serialized_end=2382
-  _globals['_CLAIMED']._serialized_start=2384
-  _globals['_CLAIMED']._serialized_end=2504
-  _globals['_CANCELLED']._serialized_start=2506
-  _globals['_CANCELLED']._serialized_end=2537
-  _globals['_TOKENEVENTS']._serialized_start=2539
-  _globals['_TOKENEVENTS']._serialized_end=2595
-  _globals['_TOKENEVENT']._serialized_start=2598
-  _globals['_TOKENEVENT']._serialized_end=2949
-  _globals['_REFUSAL']._serialized_start=2952
-  _globals['_REFUSAL']._serialized_end=3158
-  _globals['_VIOLATION']._serialized_start=3160
-  _globals['_VIOLATION']._serialized_end=3207
-  _globals['_GATEWAYSERVICE']._serialized_start=3835
-  _globals['_GATEWAYSERVICE']._serialized_end=3929
-  _globals['_SNAPSHOTSERVICE']._serialized_start=3932
-  _globals['_SNAPSHOTSERVICE']._serialized_end=4160
+  _globals['_SUBMIT']._serialized_end=1514
+  _globals['_SNAPSHOTPLACE']._serialized_start=1516
+  _globals['_SNAPSHOTPLACE']._serialized_end=1589
+  _globals['_ABORT']._serialized_start=1591
+  _globals['_ABORT']._serialized_end=1638
+  _globals['_DETACH']._serialized_start=1640
+  _globals['_DETACH']._serialized_end=1688
+  _globals['_CLAIM']._serialized_start=1691
+  _globals['_CLAIM']._serialized_end=1859
+  _globals['_RELEASE']._serialized_start=1861
+  _globals['_RELEASE']._serialized_end=1942
+  _globals['_CANCELCLAIM']._serialized_start=1944
+  _globals['_CANCELCLAIM']._serialized_end=1993
+  _globals['_SESSIONRESPONSE']._serialized_start=1996
+  _globals['_SESSIONRESPONSE']._serialized_end=2344
+  _globals['_SNAPSHOTREPORT']._serialized_start=2346
+  _globals['_SNAPSHOTREPORT']._serialized_end=2447
+  _globals['_CLAIMED']._serialized_start=2449
+  _globals['_CLAIMED']._serialized_end=2569
+  _globals['_PREFIXES']._serialized_start=2571
+  _globals['_PREFIXES']._serialized_end=2636
+  _globals['_PREFIX']._serialized_start=2638
+  _globals['_PREFIX']._serialized_end=2682
+  _globals['_CANCELLED']._serialized_start=2684
+  _globals['_CANCELLED']._serialized_end=2715
+  _globals['_TOKENEVENTS']._serialized_start=2717
+  _globals['_TOKENEVENTS']._serialized_end=2773
+  _globals['_TOKENEVENT']._serialized_start=2776
+  _globals['_TOKENEVENT']._serialized_end=3127
+  _globals['_REFUSAL']._serialized_start=3130
+  _globals['_REFUSAL']._serialized_end=3336
+  _globals['_VIOLATION']._serialized_start=3338
+  _globals['_VIOLATION']._serialized_end=3385
+  _globals['_GATEWAYSERVICE']._serialized_start=4013
+  _globals['_GATEWAYSERVICE']._serialized_end=4107
+  _globals['_SNAPSHOTSERVICE']._serialized_start=4110
+  _globals['_SNAPSHOTSERVICE']._serialized_end=4338
 # @@protoc_insertion_point(module_scope)

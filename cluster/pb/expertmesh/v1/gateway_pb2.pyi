@@ -396,11 +396,14 @@ class Submit(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     EMITTED_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     RESUME_WINDOW_S_FIELD_NUMBER: _builtins.int
     DEATHS_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
+    cache_salt: _builtins.str
+    """Prompts are shared in the prefix cache among requests with the same one."""
     resume_window_s: _builtins.float
     """How long the request is kept when its client or front door is gone, or when it has ended."""
     deaths: _builtins.int
@@ -434,13 +437,14 @@ class Submit(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         output: _inference_pb2.Output | None = ...,
         emitted: _abc.Iterable[_inference_pb2.TokenIds] | None = ...,
+        cache_salt: _builtins.str = ...,
         resume_window_s: _builtins.float = ...,
         deaths: _builtins.int = ...,
         snapshots: _abc.Iterable[Global___SnapshotPlace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "cache_salt", b"cache_salt", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -634,6 +638,7 @@ class SessionResponse(_message.Message):
     STATS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
     CLAIMED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
@@ -646,6 +651,8 @@ class SessionResponse(_message.Message):
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
     @_builtins.property
+    def prefixes(self) -> Global___Prefixes: ...
+    @_builtins.property
     def claimed(self) -> Global___Claimed: ...
     @_builtins.property
     def cancelled(self) -> Global___Cancelled: ...
@@ -657,15 +664,16 @@ class SessionResponse(_message.Message):
         stats: _cluster_pb2.GatewayStats | None = ...,
         events: Global___TokenEvents | None = ...,
         refusal: Global___Refusal | None = ...,
+        prefixes: Global___Prefixes | None = ...,
         claimed: Global___Claimed | None = ...,
         cancelled: Global___Cancelled | None = ...,
         snapshot: Global___SnapshotReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "claimed", b"claimed", "events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "claimed", b"claimed", "events", b"events", "prefixes", b"prefixes", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "claimed", b"claimed", "events", b"events", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "claimed", b"claimed", "events", b"events", "prefixes", b"prefixes", "refusal", b"refusal", "report", b"report", "snapshot", b"snapshot", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["stats", "events", "refusal", "claimed", "cancelled", "snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["stats", "events", "refusal", "prefixes", "claimed", "cancelled", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
@@ -736,6 +744,57 @@ class Claimed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Claimed: _TypeAlias = Claimed  # noqa: Y015
+
+@_typing.final
+class Prefixes(_message.Message):
+    """What changed about the prefixes whose states the gateway keeps, since the last such report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def added(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prefix]: ...
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their digests."""
+
+    def __init__(
+        self,
+        *,
+        added: _abc.Iterable[Global___Prefix] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "removed", b"removed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prefixes: _TypeAlias = Prefixes  # noqa: Y015
+
+@_typing.final
+class Prefix(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.int
+    """BLAKE2b, 8 bytes, of the salt, a zero byte, and 4 bytes for each token id; all little-endian."""
+    num_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        digest: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prefix: _TypeAlias = Prefix  # noqa: Y015
 
 @_typing.final
 class Cancelled(_message.Message):
