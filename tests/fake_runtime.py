@@ -107,7 +107,7 @@ class MemoryJournal:
     """What durable storage holds; further controllers get one that shares it."""
 
     def __init__(self, shared: "MemoryJournal | None" = None) -> None:
-        self._shared = shared or self
+        self._shared = shared._shared if shared else self
         self.term = self.highest = 0
         self.records: list[Record] = []
 
