@@ -83,7 +83,7 @@ class Controller:
         self._hold_off_s: dict[MemberId, float] = {}
         self._behind_s: dict[ProcessId, float] = {}  # since when a process holds an old View
         self._stopping = False
-        self._failure = ""
+        self._failed_roles: dict[Role, str] = {}  # of which none has served since
         self._superseded = False
         self._rolling = False
         record = journal.latest() if resume else None
@@ -173,7 +173,7 @@ class Controller:
             members=tuple(self._member_status(life, now_s) for life in self._lives.values()),
             ready=not reasons,
             reasons=reasons,
-            failure=self._failure,
+            failure=self._failure(),
             pools=tuple(self._pool(role) for role in self._wanted),
             rebalancing_s=now_s - self._placed_s if self._assignment.num_missing else 0.0,
             replicas_loading=self._book.num_loading,
@@ -189,7 +189,6 @@ class Controller:
     def _still_leads(self) -> bool:
         if not self._journal.is_leading():
             self._superseded = True
-            self._failure = f"the controller of term {self._view.term} is superseded: it must stop"
             _log.error("superseded", term=self._view.term)
         return not self._superseded
 
@@ -281,7 +280,9 @@ class Controller:
         wait_s = self._options.backoff_s * (2 ** min(failed, 6) - 1)
         self._not_before_s[life.role] = self._clock.now_s() + wait_s
         if failed >= self._options.max_failed_starts:
-            self._failure = f"{life.role.value} failed to start {failed} times: {reason}"
+            self._failed_roles[life.role] = (
+                f"{life.role.value} failed to start {failed} times: {reason}"
+            )
 
     def _resume(self, record: Record) -> None:
         """Take over what an earlier controller left; whoever was half started begins anew."""
@@ -397,8 +398,6 @@ class Controller:
             rescue_only=rescue_only,
             wanted=self._rebalancer.wanted,
         )
-        if self._assignment.shortage and not self._book.held():
-            self._failure = self._assignment.shortage
         for member, loads in self._assignment.batches.items():
             batch = self._book.begin(member, loads)
             life = self._lives[member]
@@ -457,6 +456,7 @@ class Controller:
             return
         if phase is Phase.SERVE:
             self._failed_starts[life.role] = 0
+            self._failed_roles.pop(life.role, None)
         if phase is Phase.JOIN:
             arguments = (life.opened[life.processes[0]].rendezvous,)
         for process in sorted(life.awaited):
@@ -555,8 +555,15 @@ class Controller:
     def _workers(self) -> Iterable[Life]:
         return [w for w in self._lives.values() if w.role is Role.EXPERT_WORKER]
 
+    def _failure(self) -> str:
+        """Say why waiting would not help; "" while it may."""
+        if self._superseded:
+            return f"the controller of term {self._view.term} is superseded: it must stop"
+        failed = next(iter(self._failed_roles.values()), "")
+        return failed or ("" if self._book.held() else self._assignment.shortage)
+
     def _unready_reasons(self, now_s: float) -> list[str]:
-        problems = (self._failure, self._assignment.shortage)
+        problems = (self._failure(), self._assignment.shortage)
         reasons = [problem for problem in dict.fromkeys(problems) if problem]
         reasons += [
             f"{pool.role.value}: {pool.serving} of {pool.wanted} serve"

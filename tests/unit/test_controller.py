@@ -200,6 +200,23 @@ def test_starts_that_keep_failing_back_off_and_are_reported() -> None:
     bench.ticks(200)
 
     assert "no such file" in bench.controller.status().failure
+
+
+def test_a_member_that_starts_after_all_ends_the_failure_of_those_before() -> None:
+    bench = Bench(ranks=1)
+
+    def fail(_process):
+        raise ValueError("not mounted yet")
+
+    works, bench.runtime.answers["start"] = bench.runtime.answers["start"], fail
+    bench.ticks(200)
+    assert "not mounted yet" in bench.controller.status().failure
+
+    bench.runtime.answers["start"] = works
+    bench.ticks(300)
+
+    status = bench.controller.status()
+    assert (status.failure, status.reasons, status.ready) == ("", (), True)
     tries = {
         p.member for p, m, _ in bench.runtime.calls if m == "load" and "gateway" in p.member.name
     }
