@@ -27,7 +27,8 @@ class RebalanceOptions:
     """How placement follows load: every `period_s`, 0 for never.
 
     It changes when the busiest workers are expected to compute `min_gain` less, by `max_moves`
-    replicas at most. Load that lies `half_life_s` back counts half. `always` places for a load that
+    replicas at most. Load that lies `half_life_s` back counts half; what was seen in fewer than
+    `min_calls` batches of some layer says nothing. `always` places for a load that
     nobody has, another one each time, for tests.
     """
 
@@ -35,6 +36,7 @@ class RebalanceOptions:
     min_gain: float = 0.03
     max_moves: int = 1024
     half_life_s: float = 60.0
+    min_calls: float = 64.0
     always: bool = False
 
 

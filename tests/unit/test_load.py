@@ -83,14 +83,14 @@ def test_what_lies_a_half_life_back_counts_half() -> None:
     assert window.activation_LE()[0] == pytest.approx([0.5, 0.5])
 
 
-def test_a_window_means_something_when_every_layer_was_seen_often() -> None:
+def test_a_window_has_seen_what_every_layer_was_lately_asked() -> None:
     window = LoadWindow(2, 1, half_life_s=10.0)
     window.add(report(1000, [1000]), 0.0)
-    assert not window.is_meaningful
+    assert not window.has_seen(64)
     window.add(report(1000, [1000], layer=1), 0.0)
-    assert window.is_meaningful
+    assert window.has_seen(64)
     window.add(report(0, [0]), 100.0)
-    assert not window.is_meaningful
+    assert not window.has_seen(64)
 
 
 def test_a_report_of_another_model_is_not_taken() -> None:

@@ -63,7 +63,7 @@ class Rebalancer:
             return None
         self._next_s = now_s + self._options.period_s
         self._crew = frozenset(seats)
-        if self._window.is_meaningful:
+        if self._window.has_seen(self._options.min_calls):
             return self._take(self._plan(seats, held, came, floor), now_s, is_due=bool(came))
         if came:
             # Newcomers take an even share; after a new beginning of the controller all stay.

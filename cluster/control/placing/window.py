@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from workers.dispatch.tally import LoadReport
 
-_ROUND_CALLS = 64  # batches of a layer from which on its counts mean something
-
 
 class LoadWindow:
     """How often each expert was asked for lately: counts that lose half their weight in a while.
@@ -35,10 +33,9 @@ class LoadWindow:
         self._rows_LE[layers] += report.rows_NE
         self._activated_LE[layers] += report.activated_NE
 
-    @property
-    def is_meaningful(self) -> bool:
-        """Whether every layer has been seen often enough to place by."""
-        return bool((self._calls_L >= _ROUND_CALLS).all())
+    def has_seen(self, num_calls: float) -> bool:
+        """Whether every layer has been seen in so many batches, decayed."""
+        return bool((self._calls_L >= num_calls).all())
 
     @property
     def rows_LE(self) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cluster.control.controller import Controller
-from cluster.control.options import ControllerOptions, Desired
+from cluster.control.options import ControllerOptions, Desired, RebalanceOptions
 from cluster.control.ports import (
     Died,
     Opened,
@@ -25,7 +25,7 @@ from tests.chaos.lab.members import SimGateway, SimProcess, SimWorker, Violation
 from tests.chaos.lab.simulator import Simulator, SpinError
 from workers.dispatch.options import DispatchOptions, MessageShape
 from workers.errors import ExpertmeshError, RefusedError
-from workers.placement import MemberId, Placement, Role
+from workers.placement import MemberId, Placement, Role, View
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 TICK_S = 0.05
@@ -45,6 +45,16 @@ class LabOptions:
     num_workers: int = 4
     num_steps: int = 20
     num_faults: int = 3
+
+
+def lost_by_a_move(before: View, after: View) -> bool:
+    """Whether an expert lost its last copy although all who served it still do."""
+    serving = {m.id for m in after.serving_workers()}
+    return any(
+        all(replica.worker in serving for replica in before.placement.replicas[expert])
+        for expert in after.uncovered()
+        if expert not in before.uncovered()
+    )
 
 
 class SimJournal:
@@ -68,6 +78,8 @@ class SimJournal:
         records = self._shared.records
         if records and record.view.order <= records[-1].view.order:
             raise ViolationError(f"I5: View {record.view.order} after {records[-1].view.order}")
+        if records and lost_by_a_move(records[-1].view, record.view):
+            raise ViolationError(f"I4: View {record.view.order} moves the last copy of an expert")
         records.append(record)
 
     def latest(self) -> Record | None:
@@ -161,6 +173,7 @@ class SimCluster:
         self._floor = draw.choice((1, 2, 2))
         self._standby = draw.choice((0, 0, 1))
         self._num_slots = draw.choice((4, 5, 6, 8))
+        self._rebalance_s = draw.choice((0.0, 0.7))
         self._journal = SimJournal()
         shape = MessageShape(hidden_size=1, top_k=2, dtype=torch.float32)
         self.net = Network(self.simulator, shape, capacity=4)
@@ -248,7 +261,14 @@ class SimCluster:
             runtime=runtime,
             journal=SimJournal(self._journal),
             clock=self.simulator,
-            options=ControllerOptions(silence_s=1.5, lost_s=4.0, restore_s=2.0),
+            options=ControllerOptions(
+                silence_s=1.5,
+                lost_s=4.0,
+                restore_s=2.0,
+                rebalance=RebalanceOptions(
+                    period_s=self._rebalance_s, half_life_s=3.0, min_calls=1.0, always=True
+                ),
+            ),
             resume=resume,
         )
         made = SimController(controller, runtime)

@@ -292,6 +292,9 @@ class SimGateway(SimProcess):
     def load(self) -> None:
         return None
 
+    def pulse(self) -> Pulse:
+        return Pulse(order=self.order, ready=True, load=self.dispatcher.take_load())
+
     def start(self) -> None:
         self.simulator.start(self._steps)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.control import controller as controller_module
 from cluster.control.fence import Fence
+from cluster.control.planner import _Board
 from cluster.control.replicas import ReplicaBook
 from cluster.frontdoor.flight import Flight
 from tests.chaos.lab.cluster import SimJournal
@@ -102,6 +103,15 @@ def leave_lost_experts_unloaded() -> Any:
         return controller_module.Assignment(batches, made.num_missing) if served else made
 
     return replaced(controller_module, "assign", assign)
+
+
+def overwrite_the_last_loaded_copy() -> Any:
+    """I4: a copy that is only about to be loaded counts as one."""
+
+    def num_loaded(self: _Board, expert: Any, without: Any) -> int:
+        return sum(worker != without for worker in self.holders[expert])
+
+    return replaced(_Board, "_num_loaded", num_loaded)
 
 
 def obey_anybody() -> Any:
@@ -202,6 +212,7 @@ MUTATIONS: dict[str, Mutation] = {
     "I3 write without waiting": Mutation(write_without_waiting),
     "I4 drop what nobody serves": Mutation(drop_what_nobody_serves),
     "I4 leave lost experts unloaded": Mutation(leave_lost_experts_unloaded),
+    "I4 overwrite the last loaded copy": Mutation(overwrite_the_last_loaded_copy),
     "I5 obey anybody": Mutation(obey_anybody),
     "I5 adopt any View": Mutation(adopt_any_view),
     "I6 commit before it is decided": Mutation(commit_before_it_is_decided, "ranks"),
