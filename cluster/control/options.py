@@ -29,7 +29,7 @@ class RebalanceOptions:
     It changes when the busiest workers are expected to compute `min_gain` less, by `max_moves`
     replicas at most. Load that lies `half_life_s` back counts half; what was seen in fewer than
     `min_calls` batches of some layer says nothing. `always` places for a load that
-    nobody has, another one each time, for tests.
+    nobody has, another one each time, whatever it gains; for tests.
     """
 
     period_s: float = 0.0

@@ -7,6 +7,7 @@ to save enough. What is loaded towards it is decided in `planner`, a few slots a
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.control.options import RebalanceOptions
 from cluster.control.placing.placer import Target, plan_target
@@ -79,16 +80,13 @@ class Rebalancer:
         floor: int,
     ) -> Target | None:
         self._count += 1
-        activation_LE = self._window.activation_LE()
-        if self._options.always:
-            activation_LE = np.random.default_rng(self._count).permuted(activation_LE, axis=1)
         newly = sum(seats[w].num_slots for w in came if not held.get(w))
         try:
             return plan_target(
                 self._model,
                 seats,
                 held,
-                activation_LE,
+                self._activation_LE(),
                 floor=floor,
                 max_moves=max(self._options.max_moves, newly),
                 seed=self._count,
@@ -96,10 +94,18 @@ class Rebalancer:
         except PlacementError:
             return None  # the slots do not even hold one copy of everything: others say so
 
+    def _activation_LE(self) -> NDArray[np.float64]:
+        """Return the load that was seen, or one that nobody has, another one each time."""
+        if not self._options.always:
+            return self._window.activation_LE()
+        steep_E = 1.0 / np.arange(1, self._model.num_experts + 1)
+        steep_LE = np.tile(steep_E, (self._model.num_layers, 1))
+        return np.random.default_rng(self._count).permuted(steep_LE, axis=1)
+
     def _take(self, target: Target | None, now_s: float, *, is_due: bool) -> Rebalance | None:
         if target is None or not target.num_moves:
             return None
-        if target.gain < self._options.min_gain and not is_due:
+        if target.gain < self._options.min_gain and not (is_due or self._options.always):
             return None
         self._wanted = {w: target.held_by(w) for w in target.workers}
         count = self.last.count + 1 if self.last else 1
