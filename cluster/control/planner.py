@@ -262,12 +262,12 @@ class _Board:
         way, or was only just planned: a slot gets one expert at a time.
         """
         fixed, wanted = self._fixed.get(worker, set()), self._wanted[worker]
+        mine = self._slot_of[worker]
         spare = [
             expert
-            for expert, slot in self._slot_of[worker].items()
-            if slot not in fixed
+            for expert in (mine.keys() - wanted if unwanted_only else mine)
+            if mine[expert] not in fixed
             and (worker, expert) not in self._planned
-            and not (unwanted_only and expert in wanted)
             and self._num_loaded(expert, without=worker) >= least_copies
         ]
         if not spare:

@@ -1,14 +1,18 @@
 """The command line: its options are exactly these, and mistakes end in one line."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 
 from cluster.cli.bench import Outcome, percentiles, summarize
 from cluster.cli.main import app, run
+from cluster.cli.status import Rates, live_table
+from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
 
 CLIENT = {"server", "tls-ca", "tls-cert", "tls-key", "api-key-file"}
 OPTIONS = {
@@ -112,3 +116,26 @@ def test_a_report_counts_errors_apart_and_takes_rates_of_what_completed() -> Non
     assert report["tokens_per_s"] == 0.5
     assert report["time_to_first_token_s"]["p50"] == 1.0
     assert report["time_per_output_token_s"]["p50"] == 0.5
+
+
+def test_the_live_table_shows_who_is_busy_who_waits_and_the_last_rebalance() -> None:
+    members = [
+        pb.MemberHealth(
+            name="expert_worker-0",
+            worker_stats=pb.WorkerStats(),
+            busy_share=0.25,
+            queue_age_s=0.012,
+        ),
+        pb.MemberHealth(name="gateway-0", gateway_stats=pb.GatewayStats(), waiting_share=0.5),
+    ]
+    last = pb.Rebalance(age_s=7, count=3, num_moves=40, gain=0.12)
+    status = pb.ClusterStatus(
+        view=pb.View(), members=members, last_rebalance=last, replicas_moving=8
+    )
+    console = Console(width=160, record=True, file=io.StringIO())
+
+    console.print(live_table(status, Rates(), 1.0))
+
+    text = console.export_text()
+    for words in ("25 %", "12 ms", "50 %", "rebalanced 3 times, 7 s ago: 40 replicas", "8 still"):
+        assert words in text
