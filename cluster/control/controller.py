@@ -413,9 +413,11 @@ class Controller:
         """Have replicas lie elsewhere if the load says that it pays."""
         leaving = any(w.leaving for w in self._workers())
         calm = not (leaving or self._book.loading or self._assignment.num_missing)
-        seats, held = seats_of(crew), self._book.held()
+        seats = seats_of(crew)
+        if not self._rebalancer.is_due(seats, calm=calm, now_s=now_s):
+            return
         taken = self._rebalancer.consider(
-            seats, held, floor=self._desired.floor, calm=calm, now_s=now_s
+            seats, self._book.held(), floor=self._desired.floor, now_s=now_s
         )
         if taken is not None:
             _log.info("rebalance", moves=taken.num_moves, gain=round(taken.gain, 3))

@@ -130,8 +130,15 @@ HELD = {w: {e: s for s, e in enumerate(EVERY[i::3])} for i, w in enumerate(CREW)
 
 def rebalancer(now_s: float = 0.0, **options) -> Rebalancer:
     made = Rebalancer(MODEL, RebalanceOptions(period_s=10.0, **options), now_s)
-    made.consider(CREW, HELD, floor=1, calm=True, now_s=now_s)
+    consider(made, CREW, now_s)
     return made
+
+
+def consider(made: Rebalancer, crew, now_s: float, *, calm: bool = True):
+    """As the controller does."""
+    if not made.is_due(crew, calm=calm, now_s=now_s):
+        return None
+    return made.consider(crew, HELD, floor=1, now_s=now_s)
 
 
 def hear(made: Rebalancer, now_s: float) -> None:
@@ -141,12 +148,12 @@ def hear(made: Rebalancer, now_s: float) -> None:
 
 def test_nothing_moves_before_there_is_load_nor_before_the_period_is_over() -> None:
     made = rebalancer()
-    assert made.consider(CREW, HELD, floor=1, calm=True, now_s=11.0) is None
+    assert consider(made, CREW, 11.0) is None
     hear(made, 12.0)
 
-    assert made.consider(CREW, HELD, floor=1, calm=True, now_s=13.0) is None
-    assert made.consider(CREW, HELD, floor=1, calm=False, now_s=30.0) is None
-    taken = made.consider(CREW, HELD, floor=1, calm=True, now_s=30.0)
+    assert consider(made, CREW, 13.0) is None
+    assert consider(made, CREW, 30.0, calm=False) is None
+    taken = consider(made, CREW, 30.0)
     assert taken is not None
     assert taken.num_moves
     assert taken.gain > 0.1  # the three hot experts of layer 0 lie on one worker
@@ -156,7 +163,7 @@ def test_a_gain_that_is_too_small_changes_nothing() -> None:
     made = rebalancer(min_gain=0.99)
     hear(made, 12.0)
 
-    assert made.consider(CREW, HELD, floor=1, calm=True, now_s=30.0) is None
+    assert consider(made, CREW, 30.0) is None
 
 
 def test_a_newcomer_is_planned_for_at_once_even_when_nothing_is_calm() -> None:
@@ -164,7 +171,7 @@ def test_a_newcomer_is_planned_for_at_once_even_when_nothing_is_calm() -> None:
     hear(made, 1.0)
     more = {**CREW, MemberId("w9", 1): Seat(9)}
 
-    taken = made.consider(more, HELD, floor=1, calm=False, now_s=2.0)
+    taken = consider(made, more, 2.0, calm=False)
     assert taken is not None
     assert made.wanted is not None
     assert made.wanted[MemberId("w9", 1)]
@@ -174,7 +181,7 @@ def test_without_load_a_newcomer_takes_an_even_share_and_a_new_controller_moves_
     made = rebalancer()
     assert made.wanted == {w: tuple(HELD[w]) for w in CREW}
 
-    made.consider({**CREW, MemberId("w9", 1): Seat(9)}, HELD, floor=1, calm=True, now_s=1.0)
+    consider(made, {**CREW, MemberId("w9", 1): Seat(9)}, 1.0)
     assert made.wanted is None
 
 

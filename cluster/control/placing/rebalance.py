@@ -4,7 +4,7 @@ A new target is made when the period is over or the crew has changed, and taken 
 to save enough. What is loaded towards it is decided in `planner`, a few slots at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,17 @@ class Rebalancer:
 
     def hear(self, report: LoadReport, now_s: float) -> None:
         """Take what a gateway's rank has counted."""
-        self._window.add(report, now_s)
+        if self.is_on:
+            self._window.add(report, now_s)
+
+    def is_due(self, crew: Collection[MemberId], *, calm: bool, now_s: float) -> bool:
+        """Whether it is time to `consider`: for newcomers at once.
+
+        `calm` says that nothing lacks copies or is being loaded.
+        """
+        if not self.is_on:
+            return False
+        return (calm and now_s >= self._next_s) or not self._crew.issuperset(crew)
 
     def consider(
         self,
@@ -52,16 +62,10 @@ class Rebalancer:
         held: Mapping[MemberId, Slots],
         *,
         floor: int,
-        calm: bool,
         now_s: float,
     ) -> Rebalance | None:
-        """Make a new target if it is time, or for newcomers at once; None when all stays.
-
-        `calm` says that nothing lacks copies or is being loaded.
-        """
+        """Make a new target for the workers that may hold experts; None when all stays."""
         came = frozenset(seats.keys() - self._crew)
-        if not self.is_on or not (came or (calm and now_s >= self._next_s)):
-            return None
         self._next_s = now_s + self._options.period_s
         self._crew = frozenset(seats)
         if self._window.has_seen(self._options.min_calls):
