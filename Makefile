@@ -108,6 +108,20 @@ accept-rebalance: ## Move experts every few seconds under load; writes reports/r
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.rebalance --json reports/rebalance.json
 
+accept-gateway-death: ## Kill and drain gateways under load and at chosen tokens; writes reports/gateway-*.json
+	@$(ACCEPT)
+	@for size in 1 2; do \
+		$(BIN)/python -m tests.accept.gateway_death load --tensor-parallel $$size \
+			--json reports/gateway-death-$$size.json || exit 1; \
+		$(BIN)/python -m tests.accept.gateway_death indices --tensor-parallel $$size --every 1 \
+			--json reports/gateway-indices-$$size.json || exit 1; \
+	done
+
+accept-snapshot-cost: ## Measure what snapshots cost, and replay; writes reports/snapshot-cost.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.snapshot_cost --json reports/snapshot-cost.json \
+		--plot reports/snapshot-cost.svg
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -127,5 +141,6 @@ export TORCH_INDEX
 .NOTPARALLEL:
 .PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
-	accept-last-copy accept-controller accept-head accept-fault-lab accept-cuts accept-overhead \
+	accept-last-copy accept-controller accept-head accept-fault-lab accept-gateway-death \
+	accept-snapshot-cost accept-cuts accept-overhead \
 	accept-rollout accept-chart accept-rebalance bench-placement clean help
