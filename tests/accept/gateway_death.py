@@ -69,7 +69,7 @@ class Census:
 
     def note(self, status: pb.ClusterStatus | None) -> None:
         for member in status.members if status else ():
-            if member.role == pb.ROLE_GATEWAY and member.HasField("gateway_stats"):
+            if member.HasField("gateway_stats"):
                 stats = {name: getattr(member.gateway_stats, name) for name in COUNTED}
                 self._of[f"{member.name}.{member.incarnation}"] = stats
 
