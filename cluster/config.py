@@ -72,7 +72,8 @@ class GatewaySection(ProcessSection):
     """How long a gateway that leaves may take to finish its sequences, or to hand them over."""
     snapshot_tokens: Count = 64
     """Tokens from one snapshot of a sequence to the next, which another gateway keeps; 0 takes
-    none. A gateway that dies then costs each sequence fewer than twice as many tokens again."""
+    none. A gateway that dies then costs each sequence fewer tokens again than that, and those of
+    the steps in which a snapshot travels."""
     snapshot_token_bytes: Count = 0
     """Most bytes of recurrent state that snapshots may cost a rank for each token; where
     `snapshot_tokens` would cost more, they are taken more rarely. 0 sets no bound."""

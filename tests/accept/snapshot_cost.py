@@ -1,0 +1,239 @@
+"""What snapshots cost while nothing fails, and what going on from one costs.
+
+    python -m tests.accept.snapshot_cost [--pairs 30] [--json FILE] [--plot FILE]
+
+Cost: CPU seconds of all gateway processes for the same decode work, on a cluster that takes
+snapshots and on one that takes none, in turns; the bound is the upper end of a one-sided 95 %
+interval of the mean relative difference. Replay: CPU time from a resumed request's arrival to its
+first new token, by how many known tokens lie behind its snapshot; in this process.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.demo.path import demo_model_path
+from tests.cluster.harness_serve import Served, served
+from workers.clock import SystemClock
+from workers.gateway.options import GatewayOptions
+from workers.gateway.snapshot import Holder, Shard, Verdict
+from workers.gateway.snapshot_store import SnapshotStore
+from workers.gateway.worker import GatewaySpec, GatewayWorker, Keeping
+from workers.mesh import Rendezvous
+from workers.placement import MemberId
+from workers.types import Request, Sampling, Stopping, TokenEvent
+
+INTERVAL = 64
+CONCURRENCY = 8
+TOKENS = 256
+REPLAYED = (0, 8, 16, 32, 64, 128, 256)
+REPEATS = 15
+LIMIT_PERCENT = 3.0
+HOLDER = Holder("here.1", "")
+T95 = 1.70  # Student's, one-sided, for about 29 degrees of freedom
+
+
+def cpu_s(pids: Sequence[int]) -> float:
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return sum(t.user + t.system for t in times)
+
+
+def decode(cluster: Served, pids: Sequence[int]) -> float:
+    """Return the CPU seconds that the gateways take for the work of one sample."""
+    before_s = cpu_s(pids)
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        list(
+            pool.map(
+                lambda i: cluster.generate("And it came to pass " * (1 + i % 3), max_tokens=TOKENS),
+                range(CONCURRENCY),
+            )
+        )
+    return cpu_s(pids) - before_s
+
+
+def measure_cost(pairs: int) -> dict[str, Any]:
+    command = ["--model", "demo", "--gateways", "2", "--expert-workers", "0"]
+    key = "gateways.snapshot_tokens"
+    with (
+        served(*command, "--set", f"{key}={INTERVAL}") as on,
+        served(*command, "--set", f"{key}=0") as off,
+    ):
+        pids = {id(c): [m["pid"] for m in c.members("GATEWAY")] for c in (on, off)}
+        for cluster in (on, off):
+            decode(cluster, pids[id(cluster)])
+        samples = []
+        for number in range(pairs):
+            order = (on, off) if number % 2 else (off, on)
+            found = {id(c): decode(c, pids[id(c)]) for c in order}
+            samples.append((found[id(on)], found[id(off)]))
+            print(
+                f"pair {number}: on {samples[-1][0]:.2f} s, off {samples[-1][1]:.2f} s", flush=True
+            )
+        stored = sum(
+            value
+            for member in on.members("GATEWAY")
+            for name, value in on.metrics(member).items()
+            if name.startswith("expertmesh_gateway_snapshots_stored_total")
+        )
+    percents = [100 * (a - b) / b for a, b in samples]
+    mean = statistics.fmean(percents)
+    error = statistics.stdev(percents) / math.sqrt(len(percents))
+    extra_s = statistics.fmean(a - b for a, b in samples)
+    return {
+        "samples_s": samples,
+        "tokens_per_sample": CONCURRENCY * TOKENS,
+        "mean_percent": mean,
+        "median_percent": statistics.median(percents),
+        "upper_95_percent": mean + T95 * error,
+        "snapshots": stored,
+        "ms_per_snapshot": 1000 * extra_s * (pairs + 1) / max(stored, 1),
+    }
+
+
+class Bench:
+    """One gateway in this process, and the store of its snapshots."""
+
+    def __init__(self) -> None:
+        self.store = SnapshotStore(2**30, SystemClock())
+        spec = GatewaySpec(
+            member=MemberId("gateway", 1), rank=0, size=1, host="127.0.0.1",
+            model_dir=str(demo_model_path()),
+            options=GatewayOptions(
+                max_sequences=4, context_tokens=1024, local_experts=True, snapshot_tokens=1
+            ),
+        )  # fmt: skip
+        self.worker = GatewayWorker(spec, keeping=Keeping(self._push))
+        self.worker.keep_with(HOLDER, "w")
+        self.worker.open()
+        self.worker.join(Rendezvous("", 0, ""))
+        self.worker.load()
+        self.worker.start()
+
+    def run(self, request: Request, snapshots: dict[int, Any], tokens: int) -> list[int]:
+        """Return the next tokens of a request, which is then cancelled."""
+        found: list[int] = []
+        done = threading.Event()
+
+        def sink(events: Sequence[TokenEvent]) -> None:
+            found.extend(t for event in events for t in event.token_ids)
+            if len(found) >= tokens:
+                done.set()
+
+        self.worker.submit(request, sink, snapshots)
+        assert done.wait(60), self.worker.failure
+        self.worker.abort(request.request_id)
+        return found[:tokens]
+
+    def _push(self, shard: Shard, holder: Holder) -> None:
+        verdict = self.store.put(shard)
+        self.worker.stored(shard.stamp, holder, verdict)
+        assert verdict is Verdict.COMPLETE
+
+
+def measure_replay() -> list[dict[str, float]]:
+    """Return CPU and wall times to the first new token, by replayed tokens."""
+    bench = Bench()
+    request = Request(
+        request_id="r", prompt_token_ids=tuple(range(5, 45)), assignment=1,
+        sampling=Sampling(temperature=0.0), stopping=Stopping(max_tokens=600, ignore_eos=True),
+    )  # fmt: skip
+    tokens = bench.run(request, {}, 8)
+    snapshot = bench.store.newest("r", 0, 48)
+    assert snapshot is not None
+    tokens += bench.run(replace(request, emitted=(tuple(tokens),)), {}, 400)
+    rows = []
+    for replayed in REPLAYED:
+        had = snapshot.stamp.position + 1 + replayed - len(request.prompt_token_ids)
+        times = []
+        for number in range(REPEATS):
+            again = replace(
+                request, request_id=f"{replayed}/{number}", assignment=2,
+                emitted=(tuple(tokens[:had]),),
+            )  # fmt: skip
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
+            bench.run(again, {0: snapshot}, 1)
+            times.append((time.process_time() - start_cpu_s, time.perf_counter() - start_s))
+        cpu, wall = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+        rows.append({"replayed": replayed, "cpu_ms": cpu, "wall_ms": wall})
+        print(f"{replayed:4d} tokens: {cpu:.1f} ms CPU, {wall:.1f} ms", flush=True)
+    bench.worker.close()
+    return rows
+
+
+def optimum(snapshot_ms: float, token_ms: float, tokens_per_death: float) -> float:
+    """Return the interval at which snapshots and replay cost least together.
+
+    A token costs snapshot_ms / k for snapshots, and a death k / 2 tokens of replay.
+    """
+    return math.sqrt(2 * tokens_per_death * snapshot_ms / token_ms)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    rows = report["replay"]
+    for name in ("cpu_ms", "wall_ms"):
+        left.plot([r["replayed"] for r in rows], [r[name] for r in rows], "o-", label=name)
+    left.set(xlabel="tokens replayed", ylabel="ms to the first new token")
+    left.legend()
+    intervals = [2**n for n in range(2, 15)]
+    for name, best in report["optimum"].items():
+        per_death = float(name)
+        costs = [
+            report["cost"]["ms_per_snapshot"] / k + k / 2 * report["token_ms"] / per_death
+            for k in intervals
+        ]
+        (line,) = right.plot(intervals, costs, label=f"a death in {per_death:g} tokens")
+        right.axvline(best, color=line.get_color(), linestyle=":")
+    right.set(xscale="log", yscale="log", xlabel="interval k", ylabel="CPU ms a token")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = measure_replay()
+    cost = measure_cost(options.pairs)
+    first, last = rows[0], rows[-1]
+    token_ms = (last["cpu_ms"] - first["cpu_ms"]) / (last["replayed"] - first["replayed"])
+    report: dict[str, Any] = {"cost": cost, "replay": rows, "token_ms": token_ms}
+    snapshot_ms = max(cost["ms_per_snapshot"], 0.01)
+    report["optimum"] = {f"{n:g}": optimum(snapshot_ms, token_ms, n) for n in (1e4, 1e6, 1e8)}
+    report["passed"] = cost["upper_95_percent"] <= LIMIT_PERCENT
+    print(
+        f"snapshots every {INTERVAL} tokens cost {cost['mean_percent']:.2f} % CPU, at most "
+        f"{cost['upper_95_percent']:.2f} % (95 %); {cost['ms_per_snapshot']:.2f} ms each; a "
+        f"replayed token {token_ms:.3f} ms; best interval {report['optimum']}"
+    )
+    for path in (options.json, options.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2))
+    if options.plot:
+        plot(report, options.plot)
+    sys.exit(0 if report["passed"] else 1)
+
+
+if __name__ == "__main__":
+    main()
