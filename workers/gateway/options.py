@@ -22,8 +22,8 @@ class GatewayOptions:
     `num_kv_blocks` holds a quarter of a context for each of `max_sequences`, and never less than
     one whole context. `dtype` "auto" is float32 on CPU and bfloat16 on GPU. With `local_experts`
     every rank holds all routed experts itself. `group_timeout_s` bounds a collective between the
-    ranks, that is, also how long rows may be parked where there are several; a rank that is frozen
-    or cut off is noticed by `sibling_silence_s`, one that dies at once. For `snapshot_tokens` and
+    ranks; a week, since a rank waits in one for as long as another's rows are parked. A rank that
+    dies is noticed at once, one that is frozen or cut off after `sibling_silence_s`. For `snapshot_tokens` and
     `snapshot_token_bytes` see `snapshot_interval`.
 
     The prefix cache keeps up to `prefix_kv_bytes` of KV beside what running sequences hold, and
@@ -47,7 +47,7 @@ class GatewayOptions:
     prefix_kv_bytes: int = 0
     prefix_state_bytes: int = 0
     prefix_states_on_host: bool = False
-    group_timeout_s: float = 600.0
+    group_timeout_s: float = 7 * 86400.0
     snapshot_tokens: int = 0
     snapshot_token_bytes: int = 0
     sibling_silence_s: float = 3.0
