@@ -2,8 +2,18 @@
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
 _READ_BYTES = 65_536
+
+
+@dataclass(slots=True, eq=False)
+class _Strand:
+    """One connection: its end at the client and its end at the front door."""
+
+    client: asyncio.StreamWriter
+    door: asyncio.StreamWriter
+    is_held: bool = False  # the front door's end stays open whatever becomes of the other
 
 
 class Cable:
@@ -14,7 +24,7 @@ class Cable:
         self._port = int(port)
         self._server: asyncio.Server | None = None
         self._passing: set[asyncio.Task[None]] = set()
-        self._ends: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
+        self._strands: set[_Strand] = set()
 
     async def lay(self) -> str:
         """Listen, and return the HOST:PORT at which the endpoint is reached."""
@@ -27,16 +37,19 @@ class Cable:
 
         After a cut at one end the front door still believes in its clients.
         """
-        ends, self._ends = self._ends, []
-        for client, door in ends:
-            client.transport.abort()
+        whole = [strand for strand in self._strands if not strand.is_held]
+        for strand in whole:
+            strand.is_held = one_end
+            strand.client.transport.abort()
             if not one_end:
-                door.transport.abort()
-        return len(ends)
+                strand.door.transport.abort()
+        return len(whole)
 
     async def close(self) -> None:
         """Cut everything and listen no more."""
-        self.cut()
+        for strand in self._strands:
+            strand.client.transport.abort()
+            strand.door.transport.abort()
         for task in self._passing:
             task.cancel()
         if self._passing:
@@ -50,18 +63,24 @@ class Cable:
         except OSError:
             writer.transport.abort()
             return
-        ends = (writer, door_writer)
-        self._ends.append(ends)
-        for source, sink in ((reader, door_writer), (door_reader, writer)):
-            task = asyncio.create_task(_pass(source, sink))
+        strand = _Strand(writer, door_writer)
+        self._strands.add(strand)
+        for way in (
+            self._pass(reader, door_writer, strand),
+            self._pass(door_reader, writer, strand),
+        ):
+            task = asyncio.create_task(way)
             self._passing.add(task)
             task.add_done_callback(self._passing.discard)
 
-
-async def _pass(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    """Pass bytes on until one side ends, and then end the other one."""
-    with contextlib.suppress(OSError):
-        while data := await source.read(_READ_BYTES):
-            sink.write(data)
-            await sink.drain()
-        sink.write_eof()
+    async def _pass(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, strand: _Strand
+    ) -> None:
+        """Pass bytes on until one end closes or breaks, and then close the other one."""
+        with contextlib.suppress(OSError):
+            while data := await source.read(_READ_BYTES):
+                sink.write(data)
+                await sink.drain()
+        if not (strand.is_held and sink is strand.door):
+            sink.close()
+            self._strands.discard(strand)

@@ -1,9 +1,12 @@
 """Judging a history: lost, refused, short, out of order, and how long a fault held clients up."""
 
+import asyncio
+import contextlib
 from collections import Counter
 
 import pytest
 
+from cluster.chaos.cable import Cable
 from cluster.chaos.faults import Done, Fault, draw_faults
 from cluster.chaos.history import Answer, Arrival, Ask, problems_of
 from cluster.chaos.load import draw_ask
@@ -122,3 +125,50 @@ def test_the_plot_is_a_picture(run, tmp_path) -> None:
     plot_stalls(run, tmp_path / "stalls.svg")
 
     assert "<svg" in (tmp_path / "stalls.svg").read_text()
+
+
+@pytest.mark.parametrize("one_end", [False, True])
+async def test_a_cable_passes_bytes_until_it_is_cut_at_one_end_or_both(one_end) -> None:
+    has_left = asyncio.Event()
+
+    async def echo(reader, writer) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(100):
+                writer.write(data)
+        has_left.set()
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    cable = Cable(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    host, _, port = (await cable.lay()).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"hello")
+    assert await reader.readexactly(5) == b"hello"
+
+    assert cable.cut(one_end=one_end) == 1
+    with contextlib.suppress(OSError):
+        assert await reader.read() == b""
+    if one_end:
+        await asyncio.sleep(0)
+        assert not has_left.is_set()
+    else:
+        await asyncio.wait_for(has_left.wait(), 5.0)
+    writer.close()
+    await cable.close()
+    await asyncio.wait_for(has_left.wait(), 5.0)
+    server.close()
+
+
+async def test_a_cable_tells_a_client_that_the_front_door_has_gone() -> None:
+    async def leave(_reader, writer) -> None:
+        writer.transport.abort()
+
+    server = await asyncio.start_server(leave, "127.0.0.1", 0)
+    cable = Cable(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    host, _, port = (await cable.lay()).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    with contextlib.suppress(OSError):
+        assert await asyncio.wait_for(reader.read(), 5.0) == b""
+    writer.close()
+    await cable.close()
+    server.close()
