@@ -221,6 +221,7 @@ def claim_message(claim: Claim) -> gateway_pb2.Claim:
         owner=claim.owner,
         resume_window_s=claim.resume_window_s,
         deaths=claim.deaths,
+        snapshot_holder=claim.snapshot_holder,
     )
 
 
@@ -233,6 +234,7 @@ def claim_of(message: gateway_pb2.Claim, front_door: str) -> Claim:
         front_door=front_door,
         resume_window_s=message.resume_window_s,
         deaths=message.deaths,
+        snapshot_holder=message.snapshot_holder,
     )
 
 
@@ -269,6 +271,7 @@ def claimed_message(ticket: int, assignment: int, known: Claim | None) -> gatewa
         owner=known.owner,
         owner_assignment=known.assignment,
         deaths=known.deaths,
+        snapshot_holder=known.snapshot_holder,
     )
 
 

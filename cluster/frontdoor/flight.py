@@ -9,7 +9,7 @@ from typing import NoReturn
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
 from cluster.frontdoor.ownership import Ownership
-from cluster.ownership.directory import GRANT, MAX_DEATHS, Claim
+from cluster.frontdoor.tenure import Tenure
 from workers.errors import (
     DrainingError,
     DuplicateRequestError,
@@ -44,11 +44,8 @@ class Flight:
     def __init__(self, job: Job, pool: GatewayPool, ownership: Ownership) -> None:
         request = self._request = job.request
         self.request_id = request.request_id
-        self.assignment = request.assignment
-        self._is_named = job.is_named
-        self._takes_over = job.takes_over
         self._pool = pool
-        self._ownership = ownership
+        self._tenure = Tenure(job, pool, ownership, on_lost=self._superseded, on_cancel=self.cancel)
         self._notices: asyncio.Queue[tuple[int, TokenEvent | ExpertmeshError | _Notice]]
         self._notices = asyncio.Queue()
         self._emitted = [list(tokens) for tokens in request.emitted]
@@ -56,11 +53,6 @@ class Flight:
         self._running = set(range(request.num_sequences))
         self._at_gateway: set[int] = set()  # sequences that the gateway still holds
         self._session: GatewaySession | None = None
-        self._is_owned = False
-        self._newest = 0  # the highest assignment that was heard of
-        self._former: tuple[str, int] | None = None  # a gateway that may still hold an assignment
-        self._lost_at: set[MemberId] = set()
-        self._earlier_deaths = 0  # which another call has counted
         self._refused_by: set[MemberId] = set()
         self._places: dict[int, list[SnapshotPlace]] = {}  # by sequence, the newest last
         self._is_admitted = any(request.emitted)
@@ -68,16 +60,9 @@ class Flight:
         self._deadline_s: float | None = None
 
     @property
-    def claim(self) -> Claim:
-        """What this call claims now."""
-        return Claim(
-            request_id=self.request_id,
-            assignment=self.assignment,
-            owner=str(self._session.member.id) if self._session else "",
-            front_door=self._pool.options.name,
-            resume_window_s=self._request.resume_window_s,
-            deaths=self._num_deaths(),
-        )
+    def assignment(self) -> int:
+        """The number of the newest submission; events of an older one are dropped."""
+        return self._tenure.assignment
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events until all its sequences have ended.
@@ -122,13 +107,13 @@ class Flight:
         """A snapshot is whole: the newest is used that is not ahead of what the client has."""
         known = self._places.setdefault(place.sequence_index, [])
         self._places[place.sequence_index] = [*known, place][-_PLACES:]
+        self._tenure.kept_at(place.holder)
 
     def lost(self) -> None:
         """The gateway can no longer be reached."""
         self._notices.put_nowait((self.assignment, _Notice.LOST))
 
-    def superseded(self) -> None:
-        """Another call has taken the request over."""
+    def _superseded(self) -> None:
         self._notices.put_nowait((self.assignment, _Notice.SUPERSEDED))
 
     def _look(self) -> None:
@@ -136,33 +121,9 @@ class Flight:
             self._notices.put_nowait((self.assignment, _Notice.LOOK))
 
     async def _embark(self) -> None:
-        """Hand the request to a gateway, once this call has it."""
-        if not self._is_owned:
-            await self._own()
-        if self._num_deaths() >= MAX_DEATHS:
-            raise ExpertmeshError(
-                f"{self._num_deaths()} gateways died with request {self.request_id}: it is not "
-                "tried again"
-            )
-        if self._is_owned:
+        """Hand the request to a gateway, if this call has it and there is one."""
+        if await self._tenure.begin():
             self._submit()
-
-    async def _own(self) -> None:
-        """Take the request at its directory; without one that can be reached, nothing happens."""
-        if not self._is_named:  # drawn here: nobody else can have it
-            self.assignment = GRANT
-        else:
-            grant = await self._ownership.take(
-                self, above=self._newest, held=self.assignment, takes_over=self._takes_over
-            )
-            if grant is None:
-                return
-            self.assignment = grant.assignment
-            if grant.previous is not None:
-                self._former = (grant.previous.owner, grant.previous.assignment)
-                self._earlier_deaths = max(self._earlier_deaths, grant.previous.deaths)
-        self._is_owned, self._takes_over = True, False
-        self._ownership.hold(self)
 
     def _submit(self) -> None:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
@@ -170,41 +131,24 @@ class Flight:
         session = self._choose(places[-1].holder if places else "")
         if session is None:
             return
-        self.assignment += 1
         self._session = session
         self._at_gateway = set(range(self._request.num_sequences))
         request = replace(
             self._request,
-            assignment=self.assignment,
+            assignment=self._tenure.count(),
             emitted=tuple(map(tuple, self._emitted)) if any(self._emitted) else (),
             snapshots=places,
-            deaths=self._num_deaths(),
+            deaths=self._tenure.num_deaths,
         )
         session.submit(request, self)
-        self._ownership.hold(self)
-        self._let_former_go()
+        self._tenure.submitted(session)
 
     def _choose(self, holder: str) -> GatewaySession | None:
         """Return the gateway that has the request, else the holder of its snapshot, else any."""
-        former = self._former_session()
+        former = self._tenure.former
         if former is not None and former.is_connected and former.member.id not in self._refused_by:
             return former
         return self._pool.choose(self._refused_by, self._request, holder)
-
-    def _former_session(self) -> GatewaySession | None:
-        return self._pool.find(self._former[0]) if self._former else None
-
-    def _let_former_go(self) -> None:
-        """Have the gateway before free what it may still hold, now that another one has it."""
-        former = self._former_session()
-        if self._former and former is not None and former is not self._session:
-            former.let_go(self.request_id, self._former[1])
-        self._former = None
-
-    def _num_deaths(self) -> int:
-        """Return how many gateways died with the request; one that is back has not died."""
-        gone = sum(self._pool.is_gone(gateway) for gateway in self._lost_at)
-        return self._earlier_deaths + gone
 
     def _usable_places(self) -> tuple[SnapshotPlace, ...]:
         """Return where the newest snapshot of each running sequence is that it may go on from."""
@@ -213,6 +157,9 @@ class Flight:
         for index in sorted(self._running):
             num_tokens = num_prompt + len(self._emitted[index])
             fitting = [p for p in self._places.get(index, ()) if p.position < num_tokens]
+            holder = self._tenure.snapshot_holder
+            if not fitting and holder:  # known from the call before; the holder knows how far it is
+                fitting = [SnapshotPlace(index, 1, holder)]
             found += fitting[-1:]
         return tuple(found)
 
@@ -255,14 +202,12 @@ class Flight:
         """Leave the request to the call that has taken it over, and its gateway too."""
         if self._session is not None:
             self._session.leave(self, has_ended=True)
-        self._session, self._is_owned = None, False
+        self._session = None
         raise DuplicateRequestError(f"request {self.request_id} goes on in a later call")
 
     def _lost(self) -> None:
         assert self._session is not None
-        gateway = self._session.member.id
-        self._lost_at.add(gateway)
-        self._former = (str(gateway), self.assignment)
+        self._tenure.lost_at(self._session.member.id)
         self._session, self._is_admitted = None, True
 
     def _refuse(self, error: ExpertmeshError) -> None:
@@ -270,8 +215,8 @@ class Flight:
         assert self._session is not None
         gateway = self._session.member.id
         self._session = None
-        if isinstance(error, StaleAssignmentError):  # somebody else has it, or a directory forgot
-            self._is_owned, self._newest = False, error.held
+        if isinstance(error, StaleAssignmentError):
+            self._tenure.doubted(error.held)
             return
         self._refused_by.add(gateway)
         match error:
@@ -343,12 +288,9 @@ class Flight:
         """Give the request up: what a client may come back for is kept for its window."""
         is_gone = bool(self._running)  # the client is
         has_ended = not self._running and not self._at_gateway
-        claim = self.claim
-        if not (is_gone or has_ended):
-            claim = replace(claim, resume_window_s=0.0)
-        if is_gone and claim.resume_window_s and self._session is not None:
+        window_s = self._request.resume_window_s if is_gone or has_ended else 0.0
+        if is_gone and window_s and self._session is not None:
             self._session.detach(self)
             self._session = None
         self._leave()
-        if self._is_owned:
-            self._ownership.release(replace(claim, deaths=0) if has_ended else claim)
+        self._tenure.end(keep_s=window_s, has_ended_well=has_ended)

@@ -167,6 +167,7 @@ class _Question:
             owner=answer.owner,
             assignment=answer.owner_assignment,
             deaths=answer.deaths,
+            snapshot_holder=answer.snapshot_holder,
         )
         return Grant(answer.assignment, previous)
 

@@ -46,8 +46,8 @@ def is_suspect(deaths: int) -> bool:
 class Claim:
     """Who has a request: the front door of its client's call, and the gateway that runs it.
 
-    `deaths` counts the gateways that died with it. For `resume_window_s` it is kept when the front
-    door is gone.
+    `deaths` counts the gateways that died with it; `snapshot_holder` keeps snapshots of it. For
+    `resume_window_s` it is kept when the front door is gone.
     """
 
     request_id: str
@@ -56,6 +56,7 @@ class Claim:
     front_door: str
     resume_window_s: float = 0.0
     deaths: int = 0
+    snapshot_holder: str = ""
 
     @property
     def fence(self) -> tuple[int, str]:
@@ -105,6 +106,7 @@ class Directory:
             assignment=number,
             owner=claim.owner or known.owner,
             deaths=max(claim.deaths, known.deaths),
+            snapshot_holder=claim.snapshot_holder or known.snapshot_holder,
         )
         self._entries[claim.request_id] = _Entry(granted)
         return Grant(number, previous)

@@ -18,6 +18,7 @@ from tests.cluster.harness_frontdoor import (
 )
 from tests.cluster.test_frontdoor import all_of, rest_of, text_of
 from tests.fakes import FakeGateway
+from workers.gateway.snapshot import Stamp
 
 GREETING = "the quick brown fox jumps over the lazy dog"
 GENERATE = inference_pb2.GenerateRequest
@@ -240,6 +241,36 @@ async def test_a_front_door_and_the_requests_gateway_die_together(model, gateway
         _, responses = await all_of(second.inference.Generate(again, timeout=WAIT_S))
 
     assert has + tokens_of(responses) == whole
+
+
+async def test_who_takes_over_learns_where_snapshots_are_kept(model, gateways):
+    async with front_door(*gateways, model=model) as site:
+        first, second = await site.add_door(), await site.add_door()
+        call = first.inference.Generate(request_of(), timeout=WAIT_S)
+        has = await read_tokens(call, 3)
+        (number,) = [n for n, gateway in enumerate(gateways) if gateway.num_running]
+        stamp = Stamp(
+            request_id="a",
+            sequence_index=0,
+            assignment=gateways[number].submitted[0].assignment,
+            position=2,
+            weights_version="",
+            tokens=b"",
+        )
+        keeper = str(site.members[(number + 1) % 3].id)
+        site.endpoints[number].report(stamp, keeper)
+        tenure = first.door._parts.ownership._held
+        await until(lambda: any(h.holder.claim.snapshot_holder for h in tenure.values()))
+        await asyncio.gather(first.kill(), site.kill_gateway(number))
+        await until(lambda: len(second.door._parts.pool.stats()) == 2)
+        again = second.inference.Generate(resumed(has), timeout=WAIT_S)
+        await again.read()
+        taker = gateways[(number + 1) % 3]  # it is preferred, since it has the snapshot
+        await until(lambda: taker.submitted)
+        again.cancel()
+
+    (place,) = taker.submitted[0].snapshots
+    assert place.holder == keeper
 
 
 async def test_the_directory_may_die_and_its_deputy_still_knows_the_owner(model, gateways, whole):

@@ -542,6 +542,7 @@ class Claim(_message.Message):
     ABOVE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     TAKES_OVER_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_HOLDER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
     """The assignment that is renewed; 0 asks for a new one."""
@@ -556,6 +557,8 @@ class Claim(_message.Message):
     above: _builtins.int
     held: _builtins.int
     takes_over: _builtins.bool
+    snapshot_holder: _builtins.str
+    """NAME.INCARNATION of the gateway that keeps snapshots of it."""
     def __init__(
         self,
         *,
@@ -568,10 +571,11 @@ class Claim(_message.Message):
         above: _builtins.int = ...,
         held: _builtins.int = ...,
         takes_over: _builtins.bool = ...,
+        snapshot_holder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "assignment", b"assignment", "deaths", b"deaths", "held", b"held", "owner", b"owner", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "takes_over", b"takes_over", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "assignment", b"assignment", "deaths", b"deaths", "held", b"held", "owner", b"owner", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "snapshot_holder", b"snapshot_holder", "takes_over", b"takes_over", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -719,6 +723,7 @@ class Claimed(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     OWNER_ASSIGNMENT_FIELD_NUMBER: _builtins.int
     DEATHS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_HOLDER_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
     assignment: _builtins.int
     """The number granted; 0 when another call that lives has the request."""
@@ -727,6 +732,7 @@ class Claimed(_message.Message):
     owner: _builtins.str
     owner_assignment: _builtins.int
     deaths: _builtins.int
+    snapshot_holder: _builtins.str
     def __init__(
         self,
         *,
@@ -736,10 +742,11 @@ class Claimed(_message.Message):
         owner: _builtins.str = ...,
         owner_assignment: _builtins.int = ...,
         deaths: _builtins.int = ...,
+        snapshot_holder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "is_known", b"is_known", "owner", b"owner", "owner_assignment", b"owner_assignment", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "is_known", b"is_known", "owner", b"owner", "owner_assignment", b"owner_assignment", "snapshot_holder", b"snapshot_holder", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
