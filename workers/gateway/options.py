@@ -23,8 +23,8 @@ class GatewayOptions:
     one whole context. `dtype` "auto" is float32 on CPU and bfloat16 on GPU. With `local_experts`
     every rank holds all routed experts itself. `group_timeout_s` bounds a collective between the
     ranks; a week, since a rank waits in one for as long as another's rows are parked. A rank that
-    dies is noticed at once, one that is frozen or cut off after `sibling_silence_s`. For `snapshot_tokens` and
-    `snapshot_token_bytes` see `snapshot_interval`.
+    dies is noticed at once, one that is frozen or cut off after `sibling_silence_s`. For
+    `snapshot_tokens` and `snapshot_token_bytes` see `snapshot_interval`.
 
     The prefix cache keeps up to `prefix_kv_bytes` of KV beside what running sequences hold, and
     `prefix_state_bytes` of states, a rank. Zeros are all KV that these leave free, and as many
