@@ -88,6 +88,19 @@ accept-controller: ## Kill the controller 50 times under load; writes reports/co
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.chaos controller --json reports/controller.json
 
+accept-gateways: ## Kill ranks of gateways 200 times under load; writes reports/gateways-*.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos gateways --count 150 --json reports/gateways-1.json
+	@$(BIN)/python -m tests.accept.chaos gateways --count 50 --tensor-parallel 2 --json reports/gateways-2.json
+
+accept-frontdoors: ## Kill front doors and cut connections 250 times; writes reports/frontdoors.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos frontdoors --count 250 --json reports/frontdoors.json
+
+accept-mixed: ## Harm both planes at once for 20 minutes; writes reports/mixed.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.chaos mixed --tensor-parallel 2 --minutes 20 --json reports/mixed.json
+
 accept-cuts: ## Cut a host off under load, for 3 s and for longer (root); writes reports/cuts.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.cuts --json reports/cuts.json
@@ -142,5 +155,5 @@ export TORCH_INDEX
 .PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-gateway-death \
-	accept-snapshot-cost accept-cuts accept-overhead \
+	accept-snapshot-cost accept-cuts accept-overhead accept-gateways accept-frontdoors accept-mixed \
 	accept-rollout accept-chart accept-rebalance bench-placement clean help

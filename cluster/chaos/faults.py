@@ -5,9 +5,10 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 import grpc
 
@@ -41,16 +42,18 @@ class Fault(Enum):
     CUT = "cut connections"
 
 
-_ENDS_ITS_MEMBERS = frozenset(
+_KILLED_ROLES: Mapping[Fault, tuple[pb.Role.ValueType, ...]] = MappingProxyType(
     {
-        Fault.KILL,
-        Fault.KILL_TWO,
-        Fault.KILL_CONTROLLER,
-        Fault.KILL_GATEWAY,
-        Fault.KILL_FRONT_DOOR,
-        Fault.KILL_BOTH,
+        Fault.KILL: (pb.ROLE_EXPERT_WORKER,),
+        Fault.KILL_TWO: (pb.ROLE_EXPERT_WORKER, pb.ROLE_EXPERT_WORKER),
+        Fault.KILL_CONTROLLER: (pb.ROLE_CONTROLLER,),
+        Fault.KILL_GATEWAY: (pb.ROLE_GATEWAY,),
+        Fault.KILL_FRONT_DOOR: (pb.ROLE_FRONT_DOOR,),
+        Fault.KILL_BOTH: (pb.ROLE_FRONT_DOOR, pb.ROLE_GATEWAY),
     }
 )
+BREAKS_STREAMS = frozenset({Fault.KILL_FRONT_DOOR, Fault.KILL_BOTH, Fault.CUT})  # of clients
+_LASTING = frozenset({Fault.JOIN, Fault.DRAIN})  # until the cluster is whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +110,29 @@ class Saboteur:
 
         Raises UnavailableError when it is not whole again in time.
         """
-        actions: dict[Fault, Callable[[], Awaitable[tuple[str, ...]]]] = {
-            Fault.KILL: lambda: self._kill(pb.ROLE_EXPERT_WORKER),
-            Fault.KILL_TWO: lambda: self._kill(pb.ROLE_EXPERT_WORKER, pb.ROLE_EXPERT_WORKER),
-            Fault.FREEZE: lambda: self._freeze(pb.ROLE_EXPERT_WORKER),
-            Fault.KILL_GATEWAY: lambda: self._kill(pb.ROLE_GATEWAY),
-            Fault.FREEZE_GATEWAY: lambda: self._freeze(pb.ROLE_GATEWAY),
-            Fault.KILL_FRONT_DOOR: lambda: self._kill(pb.ROLE_FRONT_DOOR),
-            Fault.KILL_BOTH: lambda: self._kill(pb.ROLE_FRONT_DOOR, pb.ROLE_GATEWAY),
-            Fault.CUT: self._cut,
-            Fault.JOIN: lambda: self._scale(1),
-            Fault.DRAIN: lambda: self._scale(-1),
-            Fault.KILL_CONTROLLER: self._kill_controller,
-        }
         for fault in faults:
             await asyncio.sleep(self._draw.uniform(*_PAUSE_S))
-            start_s = self._clock.now_s()
-            members = await actions[fault]()
-            acted_s = self._clock.now_s()
-            ended = members if fault in _ENDS_ITS_MEMBERS else ()
-            await self.whole(without=ended)
-            now_s = self._clock.now_s()
-            end_s = max(
-                now_s if fault in {Fault.JOIN, Fault.DRAIN} else acted_s, start_s + _AFTER_S
-            )
-            self._note(Window(fault.value, start_s, end_s), members, now_s - acted_s)
+            await self.strike(fault)
+
+    async def strike(self, *faults: Fault) -> None:
+        """Do some faults at once, and wait until the cluster is whole; see `run`."""
+        status = await self.whole()
+        start_s = self._clock.now_s()
+        members = await asyncio.gather(*(self._do(fault, status) for fault in faults))
+        acted_s = self._clock.now_s()
+        ended = [
+            name
+            for fault, names in zip(faults, members, strict=True)
+            if fault in _KILLED_ROLES
+            for name in names
+        ]
+        await self.whole(without=ended)
+        now_s = self._clock.now_s()
+        is_slow = not _LASTING.isdisjoint(faults)
+        end_s = max(now_s if is_slow else acted_s, start_s + _AFTER_S)
+        kind = " + ".join(fault.value for fault in faults)
+        names = tuple(name for names in members for name in names)
+        self._note(Window(kind, start_s, end_s), names, now_s - acted_s)
 
     async def whole(self, without: Collection[str] = ()) -> pb.ClusterStatus:
         """Wait until as many members serve as are wanted, and every copy is there.
@@ -198,9 +199,26 @@ class Saboteur:
         status: pb.ClusterStatus = answer.status
         return status
 
-    async def _victims(self, *roles: pb.Role.ValueType) -> list[pb.Member]:
+    async def _do(self, fault: Fault, status: pb.ClusterStatus) -> tuple[str, ...]:
+        """Do one fault to a whole cluster; returns whom it hit."""
+        if fault in _KILLED_ROLES:
+            return self._kill(self._victims(status, *_KILLED_ROLES[fault]))
+        match fault:
+            case Fault.FREEZE:
+                return await self._freeze(*self._victims(status, pb.ROLE_EXPERT_WORKER))
+            case Fault.FREEZE_GATEWAY:
+                return await self._freeze(*self._victims(status, pb.ROLE_GATEWAY))
+            case Fault.JOIN:
+                return await self._scale(status, 1)
+            case Fault.DRAIN:
+                return await self._scale(status, -1)
+            case Fault.CUT:
+                return self._doors.cut()
+            case _:
+                raise AssertionError(fault)
+
+    def _victims(self, status: pb.ClusterStatus, *roles: pb.Role.ValueType) -> list[pb.Member]:
         """Draw one serving member of each role given, none twice."""
-        status = await self.whole()
         left = [m for m in status.view.members if m.state == pb.MEMBER_STATE_ACTIVE]
         victims = []
         for role in roles:
@@ -214,27 +232,22 @@ class Saboteur:
         """Draw one process of a member: a gateway has one for each rank."""
         return self._draw.choice(list(member.pids) or [member.pid])
 
-    async def _kill(self, *roles: pb.Role.ValueType) -> tuple[str, ...]:
-        victims = await self._victims(*roles)
+    def _kill(self, victims: Sequence[pb.Member]) -> tuple[str, ...]:
         for victim in victims:
-            os.kill(self._process_of(victim), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process_of(victim), signal.SIGKILL)
             self._mortal.update(victim.pids)
         return tuple(f"{v.name}.{v.incarnation}" for v in victims)
 
-    async def _freeze(self, role: pb.Role.ValueType) -> tuple[str, ...]:
-        (victim,) = await self._victims(role)
+    async def _freeze(self, victim: pb.Member) -> tuple[str, ...]:
         pid = self._process_of(victim)
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            await asyncio.sleep(self._draw.uniform(*_FREEZE_S))
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # it was given up and ended
+        with contextlib.suppress(ProcessLookupError):  # it was given up and ended meanwhile
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(self._draw.uniform(*_FREEZE_S))
+            finally:
                 os.kill(pid, signal.SIGCONT)
         return (f"{victim.name}.{victim.incarnation}",)
-
-    async def _cut(self) -> tuple[str, ...]:
-        await self.whole()
-        return self._doors.cut()
 
     def _survivors(self) -> set[int]:
         """Return the processes of dead members that are still there."""
@@ -245,15 +258,8 @@ class Saboteur:
                 self._mortal.discard(pid)
         return self._mortal
 
-    async def _scale(self, by: int) -> tuple[str, ...]:
-        status = await self.whole()
+    async def _scale(self, status: pb.ClusterStatus, by: int) -> tuple[str, ...]:
         (wanted,) = [p.wanted for p in status.pools if p.role == pb.ROLE_EXPERT_WORKER]
         request = pb.ScaleRequest(role=pb.ROLE_EXPERT_WORKER, count=wanted + by)
         await self._doors.ask("Scale", request, _RPC_S)
         return ()
-
-    async def _kill_controller(self) -> tuple[str, ...]:
-        status = await self.whole()
-        (me,) = [m for m in status.view.members if m.role == pb.ROLE_CONTROLLER]
-        os.kill(me.pid, signal.SIGKILL)
-        return (f"{me.name}.{me.incarnation}",)

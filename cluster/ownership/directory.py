@@ -4,7 +4,7 @@ An assignment number has two parts. The directory grants the upper one to a call
 counts its own submissions. So a call goes on to another gateway without asking, and whoever takes
 the request over has a higher number than anything that the call before may still count to.
 
-See docs/decisions/0004-requests-are-claimed-at-two-gateways.md for what happens when a directory is
+See docs/decisions/0005-requests-are-claimed-at-two-gateways.md for what happens when a directory is
 lost.
 """
 
