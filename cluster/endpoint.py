@@ -159,8 +159,6 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
                 if self._worker.failure is not None:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._worker.failure)
                 await context.write(report or self._stats())
-                if report is None and (changes := session.changes(self._worker.prefixes())):
-                    await context.write(changes)
         finally:
             reader.cancel()
             self._close(session)
@@ -282,6 +280,9 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
             await asyncio.sleep(self._options.tick_s)
             self._holdings.tick()
             self._directory.tick(self._clock.now_s())
+            kept = self._worker.prefixes()
+            for session in self._sessions.values():
+                session.prefixes(kept)
 
     def _sink(self, events: Sequence[TokenEvent]) -> None:
         """Take events from the engine's thread; one wake-up covers all until it is answered."""
@@ -320,7 +321,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.front_door = ""
-        self._prefixes: Mapping[int, int] = {}  # as last reported
+        self._prefixes: Mapping[int, int] = {}  # as last told
         self.ended = False
         self._events: list[TokenEvent] = []
         self._reports: deque[gateway_pb2.SessionResponse] = deque()
@@ -378,11 +379,12 @@ class _Session:
         messages = [wire.event_message(event) for event in events]
         return gateway_pb2.SessionResponse(events=gateway_pb2.TokenEvents(events=messages))
 
-    def changes(self, prefixes: Mapping[int, int]) -> gateway_pb2.SessionResponse | None:
-        """Return what has changed of the prefixes that the gateway keeps; None for nothing."""
-        known, self._prefixes = self._prefixes, prefixes
-        changes = wire.prefixes_message(known, prefixes)
-        return changes and gateway_pb2.SessionResponse(prefixes=changes)
+    def prefixes(self, kept: Mapping[int, int]) -> None:
+        """Tell what changed of the prefixes that the gateway keeps."""
+        known, self._prefixes = self._prefixes, kept
+        changes = wire.prefixes_message(known, kept)
+        if changes is not None:
+            self._say(gateway_pb2.SessionResponse(prefixes=changes))
 
     def reader_ended(self, reader: "asyncio.Task[None]") -> None:
         """Let the stream end when no more commands can come."""
