@@ -96,7 +96,7 @@ async def fly(flight: Flight, *notices) -> asyncio.Task:
         ([(3, "c.1"), (6, "c.1")], (6, "c.1")),
         ([(3, "c.1"), (7, "c.1")], (3, "c.1")),  # ahead: no token would be left to compute
         ([(3, "c.1"), (5, "b.1"), (9, "b.1")], (5, "b.1")),
-        ([(7, "c.1"), (8, "c.1")], ()),
+        ([(7, "c.1"), (8, "c.1")], (1, "c.1")),  # the holder knows whether it has an older one
     ],
 )
 async def test_the_newest_snapshot_is_used_that_is_not_ahead_of_the_client(
