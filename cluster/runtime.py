@@ -344,17 +344,26 @@ def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) ->
     }
     options = {**({} if client else quiet), **({} if address else local)}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    context: Any = ray.init(
-        address=address or "local",
-        namespace=NAMESPACE,
-        **options,
-    )
+    context = _joined(address or "local", options)
     for number, handler in handlers.items():
         signal.signal(number, handler)  # Ray puts its own in their place
     try:
         yield "" if client else str(context.address_info["session_dir"])
     finally:
         ray.shutdown()
+
+
+def _joined(address: str, options: dict[str, Any]) -> Any:  # noqa: ANN401 - Ray's own
+    """Join Ray, once more where its node on this machine did not come up in time."""
+    for is_last in (False, True):
+        try:
+            return ray.init(address=address, namespace=NAMESPACE, **options)
+        except Exception as error:
+            if is_last or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray's node did not come up; trying once more: %s", error)
+            ray.shutdown()
+    raise AssertionError
 
 
 def _reach(address: str) -> None:
