@@ -135,6 +135,15 @@ accept-snapshot-cost: ## Measure what snapshots cost, and replay; writes reports
 	@$(BIN)/python -m tests.accept.snapshot_cost --json reports/snapshot-cost.json \
 		--plot reports/snapshot-cost.svg
 
+accept-prefix-cache: ## Compare tokens with the prefix cache on and off; writes reports/prefix-cache.json
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.prefix_cache --json reports/prefix-cache.json
+
+accept-long-context: ## Run 100,000 tokens in chunks and plot what decoding costs; writes reports/long-context.*
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.long_context --json reports/long-context.json \
+		--plot reports/long-context.svg
+
 accept-bench: ## As bench; writes reports/bench.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.bench.bench_engines --json reports/bench.json
@@ -156,4 +165,5 @@ export TORCH_INDEX
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-gateway-death \
 	accept-snapshot-cost accept-cuts accept-overhead accept-gateways accept-frontdoors accept-mixed \
-	accept-rollout accept-chart accept-rebalance bench-placement clean help
+	accept-rollout accept-chart accept-rebalance accept-prefix-cache \
+	accept-long-context bench-placement clean help
