@@ -63,7 +63,7 @@ def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -
         assert "model.dtype: auto -> bfloat16" in refused.stderr
         cluster.configure({"model.dtype": "auto"})
 
-        chaos = ChaosOptions(counts={}, concurrency=4, seed=SEED)
+        chaos = ChaosOptions(counts={}, concurrency=4, seed=SEED, breaks_streams=True)
         report = run_rollouts(cluster, chaos, rounds=1)
         assert report["passed"], report
         assert report["replay"]["sequences"] >= 4
