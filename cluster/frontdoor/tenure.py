@@ -36,7 +36,7 @@ class Tenure:
         self._ownership = ownership
         self._on_lost = on_lost
         self._on_cancel = on_cancel
-        self._is_named = job.is_named
+        self._must_ask = job.is_named  # else the id was drawn here: nobody else can have it yet
         self._takes_over = job.takes_over
         self._claim = Claim(
             request_id=request.request_id,
@@ -141,7 +141,7 @@ class Tenure:
 
     async def _take(self) -> None:
         claim = self._claim
-        if not self._is_named:  # drawn here: nobody else can have it
+        if not self._must_ask:
             self._claim = replace(claim, assignment=GRANT)
         else:
             grant = await self._ownership.take(
@@ -155,5 +155,5 @@ class Tenure:
                 self._former = (known.owner, known.assignment)
                 self._earlier_deaths = max(self._earlier_deaths, known.deaths)
                 self._claim = replace(self._claim, snapshot_holder=known.snapshot_holder)
-        self._has_begun, self._takes_over = True, False
+        self._has_begun, self._must_ask, self._takes_over = True, True, False
         self._ownership.hold(self)
