@@ -50,6 +50,27 @@ def test_kills_freezes_joins_drains_and_a_dead_controller_change_nothing_for_cli
     assert sum(report["faults"].values()) == sum(counts.values())
 
 
+def test_dead_gateways_and_front_doors_and_cut_connections_change_nothing_for_clients() -> None:
+    counts = {
+        Fault.KILL_GATEWAY: 2, Fault.FREEZE_GATEWAY: 1, Fault.KILL_FRONT_DOOR: 1,
+        Fault.KILL_BOTH: 1, Fault.CUT: 2,
+    }  # fmt: skip
+    options = ChaosOptions(counts=counts, concurrency=4, seed=SEED)
+    print(f"seed {SEED}")
+    with served(
+        "--allow-chaos", "--gateways", "2", "--tensor-parallel", "2", "--expert-workers", "0",
+        "--set", "front_doors.count=2",
+    ) as cluster:  # fmt: skip
+        run = asyncio.run(run_chaos(cluster.endpoint, options, clock=SystemClock(), progress=print))
+
+    report = report_of(run, options, demo_model_path())
+    print(report)
+    assert report["problems"] == {"lost": [], "refused": [], "out_of_order": [], "short": []}
+    assert report["replay"]["wrong"] == 0
+    assert report["resumed_calls"] > 0
+    assert sum(report["faults"].values()) == sum(counts.values())
+
+
 def operators_have_their_say(cluster: Served) -> None:
     """The command line of operators, on the same cluster."""
     assert "experts: 3 -> 4 wanted" in expertmesh(cluster, "scale", "experts", "4").stdout
