@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+MEET_S = 600.0  # for a rank to find the store and the others in it; collectives may take longer
+
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
@@ -53,7 +55,7 @@ class TensorParallelGroup:
                     rendezvous.host,
                     rendezvous.port,
                     is_master=False,
-                    timeout=timedelta(seconds=timeout_s),
+                    timeout=timedelta(seconds=MEET_S),
                 ),
             )
             self._host = make_gloo_group(store, rank, size, rendezvous.host, timeout_s)

@@ -28,7 +28,7 @@ from workers.gateway.outbox import Outbox, Push
 from workers.gateway.rank import RankModel, load_rank
 from workers.gateway.siblings import Siblings
 from workers.gateway.snapshot import Ended, Holder, Snapshot, Stamp, Verdict, snapshot_interval
-from workers.mesh import Rendezvous, TensorParallelGroup
+from workers.mesh import MEET_S, Rendezvous, TensorParallelGroup
 from workers.model.cache import state_bytes_per_sequence
 from workers.model.config import ModelConfig
 from workers.model.shards import are_whole
@@ -138,18 +138,18 @@ class GatewayWorker:
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Meet the other ranks; returns on all of them once all have come."""
-        spec, timeout_s = self._spec, self._options.group_timeout_s
+        spec = self._spec
         if spec.size == 1:
             self._group = TensorParallelGroup()
             return
         if self._store is None:
-            timeout = timedelta(seconds=timeout_s)
+            timeout = timedelta(seconds=MEET_S)
             self._store = dist.TCPStore(rendezvous.host, rendezvous.port, timeout=timeout)
         self._group = TensorParallelGroup(
             spec.rank,
             spec.size,
             rendezvous,
-            timeout_s=timeout_s,
+            timeout_s=self._options.group_timeout_s,
             device=torch.device(self._options.device),
         )
 
