@@ -1,5 +1,6 @@
 """The composition root: turns a configuration into blueprints, a controller and its cluster."""
 
+import importlib
 import os
 import threading
 from collections.abc import Mapping
@@ -8,15 +9,27 @@ from pathlib import Path
 
 import structlog
 
-from cluster.config import ClusterConfig, ProcessSection, ray_environment
+from cluster.config import ClusterConfig, KubeRaySection, ProcessSection, ray_environment
 from cluster.control.controller import Blueprint, Controller
+from cluster.control.fixed_nodes import FixedNodes
 from cluster.control.journal import DirectoryJournal
-from cluster.control.options import ControllerOptions, Desired, RebalanceOptions
+from cluster.control.options import (
+    ControllerOptions,
+    Desired,
+    ExpertScaling,
+    GatewayScaling,
+    RebalanceOptions,
+    ScalingOptions,
+)
 from cluster.control.planner import slots_needed
-from cluster.control.ports import ProcessId, ProcessSpec
+from cluster.control.ports import Actuator, ProcessId, ProcessSpec
 from cluster.control.settings import digests
 from cluster.control.status import ClusterStatus
-from cluster.runtime import CONTROLLER_NAME, RayRuntime, node_name, was_restarted
+from cluster.runtime.actors import RayRuntime
+from cluster.runtime.controller import was_restarted
+from cluster.runtime.demand import RayDemand
+from cluster.runtime.names import CONTROLLER_NAME
+from cluster.runtime.nodes import node_addresses, node_name
 from cluster.telemetry import configure_logging
 from workers.clock import SystemClock
 from workers.dispatch.nccl_environment import NCCL_ENVIRONMENT
@@ -161,6 +174,57 @@ class Charge:
     resume: bool = False
 
 
+def scaling_of(config: ClusterConfig) -> ScalingOptions:
+    """Return how the numbers of members follow load."""
+    section = config.autoscaler
+    return ScalingOptions(
+        experts=ExpertScaling(**section.experts.model_dump()),
+        gateways=GatewayScaling(**section.gateways.model_dump()),
+        period_s=section.period_s,
+        ahead_s=section.ahead_s,
+    )
+
+
+def actuator_of(charge: Charge, blueprints: Mapping[Role, Blueprint]) -> Actuator:
+    """Return what brings nodes and takes them away."""
+    section = charge.config.autoscaler
+    if charge.host:
+        return FixedNodes()  # a cluster on this machine
+    if section.actuator == "kuberay":
+        return _kuberay(section.kuberay)
+    scaled = {
+        Role.EXPERT_WORKER: section.experts.max,
+        Role.GATEWAY: section.gateways.max,
+    }
+    nobody = MemberId("", 0)
+    return RayDemand(
+        {role: blueprints[role](nobody) for role, most in scaled.items() if most},
+        spare=section.spare_nodes,
+    )
+
+
+def _kuberay(section: KubeRaySection) -> Actuator:
+    """Make what writes a RayCluster; only who asks for it needs the client's package."""
+    try:
+        module = importlib.import_module("cluster.kuberay")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"autoscaler.actuator kuberay: {error}; install expertmesh[kubernetes]"
+        ) from error
+    actuator: Actuator = module.KubeRayPatch(
+        module.in_cluster_client(),
+        namespace=section.namespace,
+        cluster=section.cluster,
+        groups={
+            Role.EXPERT_WORKER: section.experts,
+            Role.GATEWAY: section.gateways,
+            Role.FRONT_DOOR: section.front_doors,
+        },
+        addresses=node_addresses,
+    )
+    return actuator
+
+
 class ControllerBody:
     """The controller's process: ticks, and answers the command line and the front doors.
 
@@ -177,12 +241,13 @@ class ControllerBody:
         running = record.view.with_role(Role.EXPERT_WORKER) if record else ()
         num_slots = max((worker.num_slots for worker in running), default=0)
         desired = desired_of(config, model, build=charge.build, num_slots=num_slots)
+        blueprints = blueprints_of(config, model, desired.num_slots, charge.host)
         self._charge = charge
         self._lock = threading.Lock()
         self._controller = Controller(
             desired,
             Placement(model.weights_version, model.num_layers, model.num_experts),
-            blueprints_of(config, model, desired.num_slots, charge.host),
+            blueprints,
             runtime=RayRuntime(clock),
             journal=journal,
             clock=clock,
@@ -198,7 +263,9 @@ class ControllerBody:
                     max_moves=control.rebalance_moves,
                     always=control.rebalance_always,
                 ),
+                scaling=scaling_of(config),
             ),
+            actuator=actuator_of(charge, blueprints),
             resume=resume,
         )
         self._ended = threading.Event()

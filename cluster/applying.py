@@ -12,14 +12,14 @@ from cluster.app import Charge, ControllerBody
 from cluster.config import ClusterConfig, build_name
 from cluster.control.settings import Differences, differences
 from cluster.control.status import ClusterStatus
-from cluster.runtime import (
-    CONTROLLER_NAME,
+from cluster.runtime.controller import (
     ControllerHandle,
     end_processes,
     find_controller,
-    ray_session,
     start_controller,
 )
+from cluster.runtime.names import CONTROLLER_NAME
+from cluster.runtime.session import ray_session
 from cluster.serving import await_ready, endpoint_of, model_facts, stop
 from workers.clock import Clock
 from workers.errors import ConfigError, ExpertmeshError, RefusedError, UnavailableError

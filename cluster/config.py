@@ -214,6 +214,82 @@ class ControlSection(_Section):
     start_timeout_s: Seconds = 600.0
 
 
+class PoolScalingSection(_Section):
+    """How the number of one role's members follows load."""
+
+    min: PositiveCount = 1
+    """Fewest members; never fewer than hold every expert."""
+    max: Count = 0
+    """Most members; 0 leaves their number to this file and to `expertmesh scale`."""
+    up_s: Annotated[float, Field(ge=0)] = 2.0
+    """For how long more must have been needed before they are added."""
+    down_s: Annotated[float, Field(ge=0)] = 120.0
+    """For how long fewer must have sufficed before one in ten leaves, and one at least."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max and self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
+class ExpertScalingSection(PoolScalingSection):
+    """Expert workers, by what is seen at them."""
+
+    target: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """The share of time in which each worker is to compute."""
+    queue_s: Seconds = 0.25
+    """Wait of a call at a worker above which more are added."""
+    waiting: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of its steps' time that a gateway may wait for experts while a worker is above the
+    target, before more are added."""
+
+
+class GatewayScalingSection(PoolScalingSection):
+    """Gateways, by the room that is left in them."""
+
+    target: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """The share of a gateway's KV or state blocks, of whichever fills first, that is to be held."""
+    step_s: Annotated[float, Field(ge=0)] = 0.0
+    """Time of a gateway's step above which more are added; 0 sets none."""
+
+
+class KubeRaySection(_Section):
+    """The RayCluster whose `replicas` are written where nobody else does; with actuator kuberay."""
+
+    cluster: str = ""
+    """Its name."""
+    namespace: str = "default"
+    experts: str = "expert"
+    """Its worker group for expert workers."""
+    gateways: str = "gateway"
+    front_doors: str = "frontdoor"
+
+
+class AutoscalerSection(_Section):
+    """How many members there are, by load, and whence their nodes come."""
+
+    experts: ExpertScalingSection = ExpertScalingSection()
+    gateways: GatewayScalingSection = GatewayScalingSection()
+    period_s: Seconds = 1.0
+    """How often load is looked at."""
+    ahead_s: Annotated[float, Field(ge=0)] = 20.0
+    """How long before it is there a rising load is met: about what a new member takes to serve."""
+    actuator: Literal["ray", "kuberay"] = "ray"
+    """Who brings and takes nodes: Ray's autoscaler, by what waiting actors ask for, or the
+    controller itself, which then writes a RayCluster's `replicas`. Nodes that are there suffice."""
+    spare_nodes: Count = 0
+    """Nodes of each scaled role kept beyond those in use, with actuator ray, so that growth does
+    not wait for a machine."""
+    kuberay: KubeRaySection = KubeRaySection()
+
+    @model_validator(mode="after")
+    def _check_actuator(self) -> Self:
+        if self.actuator == "kuberay" and not self.kuberay.cluster:
+            raise ValueError("actuator kuberay needs kuberay.cluster, the RayCluster's name")
+        return self
+
+
 class TelemetrySection(_Section):
     """Logs and metrics."""
 
@@ -235,6 +311,7 @@ class ClusterConfig(_Section):
     front_doors: FrontDoorSection = FrontDoorSection()
     dispatch: DispatchSection = DispatchSection()
     control: ControlSection = ControlSection()
+    autoscaler: AutoscalerSection = AutoscalerSection()
     telemetry: TelemetrySection = TelemetrySection()
 
     @model_validator(mode="after")

@@ -152,13 +152,16 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
         session = _Session()
         reader = asyncio.create_task(self._read(request_iterator, session))
         reader.add_done_callback(session.reader_ended)
+        now_s = asyncio.get_running_loop().time
+        due_s = now_s()  # for the next word on the load, which events must not crowd out
         try:
-            await context.write(self._stats())
             while not session.ended:
-                report = await session.report(self._options.stats_interval_s)
+                report = await session.report(due_s - now_s()) if due_s > now_s() else None
                 if self._worker.failure is not None:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, self._worker.failure)
-                await context.write(report or self._stats())
+                if report is None:
+                    report, due_s = self._stats(), now_s() + self._options.stats_interval_s
+                await context.write(report)
         finally:
             reader.cancel()
             self._close(session)

@@ -12,13 +12,9 @@ from cluster.app import Charge, ControllerBody, ModelFacts
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
 from cluster.demo.path import demo_model_path
-from cluster.runtime import (
-    CONTROLLER_NAME,
-    ControllerHandle,
-    end_processes,
-    ray_session,
-    start_controller,
-)
+from cluster.runtime.controller import ControllerHandle, end_processes, start_controller
+from cluster.runtime.names import CONTROLLER_NAME
+from cluster.runtime.session import ray_session
 from workers.clock import Clock
 from workers.errors import ExpertmeshError
 from workers.model.checkpoint import Checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.bodies.process import Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
-from cluster.runtime import node_address
+from cluster.runtime.nodes import node_address
 from cluster.telemetry import WORKER_SAMPLES, StatsCollector
 from workers.clock import SystemClock
 from workers.expert.probe import Fingerprint

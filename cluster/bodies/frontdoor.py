@@ -11,13 +11,9 @@ from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.server import FrontDoor
 from cluster.frontdoor.tls import TlsFiles
-from cluster.runtime import (
-    CONTROLLER_NAME,
-    ControllerHandle,
-    find_controller,
-    node_address,
-    node_name,
-)
+from cluster.runtime.controller import ControllerHandle, find_controller
+from cluster.runtime.names import CONTROLLER_NAME
+from cluster.runtime.nodes import node_address, node_name
 from cluster.telemetry import FrontDoorInstruments
 from workers.errors import UnavailableError
 from workers.placement import MemberId, Role, View

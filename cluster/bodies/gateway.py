@@ -7,7 +7,7 @@ from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import EndpointOptions, GatewayEndpoint
-from cluster.runtime import node_address, node_name
+from cluster.runtime.nodes import node_address, node_name
 from cluster.snapshots import SnapshotClient, SnapshotServicer, SnapshotSource
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
 from workers.clock import SystemClock

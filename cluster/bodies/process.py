@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.config import TelemetrySection
 from cluster.control.ports import Opened
-from cluster.runtime import node_name
+from cluster.runtime.nodes import node_name
 from cluster.telemetry import ViewGauges, configure_logging, serve_metrics
 from workers.placement import MemberId, Role, View
 

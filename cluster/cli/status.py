@@ -1,8 +1,10 @@
 """`expertmesh status`: the View of a cluster, as a table or as JSON, once or live."""
 
+import contextlib
 import sys
 import time
 
+import grpc
 import orjson
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console, Group
@@ -16,20 +18,35 @@ from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
 from workers.clock import SystemClock
 
 _DEADLINE_S = 10.0
+_CONTROLLER_DEADLINE_S = 3.0
 _EVERY_S = 1.0
+_NUM_CHANGES = 3
 
 
 def status_command(server: Server, *, as_json: bool) -> None:
-    """Print the members of the cluster behind a front door."""
+    """Print the members of the cluster behind a front door, and how their numbers follow load.
+
+    The members are known at the front door; the rest, which only the controller knows, is left out
+    while it is away.
+    """
+    status = pb.ClusterStatus()
     with channel_to(server) as channel:
-        view = ClusterServiceStub(channel).GetView(pb.GetViewRequest(), timeout=_DEADLINE_S).view
+        stub = ClusterServiceStub(channel)
+        view = stub.GetView(pb.GetViewRequest(), timeout=_DEADLINE_S).view
+        if not as_json:
+            with contextlib.suppress(grpc.RpcError):
+                request = pb.GetStatusRequest()
+                status = stub.GetStatus(request, timeout=_CONTROLLER_DEADLINE_S).status
     if as_json:
         tree = MessageToDict(
             view, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         sys.stdout.write(orjson.dumps(tree, option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
-        Console().print(_table(view))
+        console = Console()
+        console.print(_table(view))
+        for line in _scales(status):
+            console.print(line, markup=False, highlight=False)
 
 
 def _table(view: pb.View) -> Table:
@@ -43,7 +60,7 @@ def _table(view: pb.View) -> Table:
     for member in view.members:
         slots = f"{member.slots_used}/{member.num_slots}" if member.num_slots else ""
         table.add_row(
-            pb.Role.Name(member.role).removeprefix("ROLE_").lower(),
+            _role(member.role),
             member.name,
             str(member.incarnation),
             pb.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower(),
@@ -88,8 +105,7 @@ def live_table(status: pb.ClusterStatus, rates: Rates, now_s: float) -> Group:
     """Return the cluster at one moment: pools, what is wrong, and every member's load."""
     view = status.view
     pools = ", ".join(
-        f"{pb.Role.Name(p.role).removeprefix('ROLE_').lower()} {p.serving}/{p.wanted}"
-        + (f" + {p.standby} standby" if p.standby else "")
+        f"{_role(p.role)} {p.serving}/{p.wanted}" + (f" + {p.standby} standby" if p.standby else "")
         for p in status.pools
     )
     moving = f", {status.replicas_loading} replicas load" if status.replicas_loading else ""
@@ -102,6 +118,8 @@ def live_table(status: pb.ClusterStatus, rates: Rates, now_s: float) -> Group:
             f"\nrebalanced {last.count} times, {last.age_s:.0f} s ago: {last.num_moves} replicas "
             f"to save {100 * last.gain:.0f} % of the busiest workers' experts{left}"
         )
+    for line in _scales(status):
+        head.append(f"\n{line}")
     trouble = [Text(f"  {reason}", style="red") for reason in status.reasons]
     table = Table()
     for column in ("id", "state", "phase", "slots", "rows/s", "busy", "queue", "tokens/s"):
@@ -113,6 +131,26 @@ def live_table(status: pb.ClusterStatus, rates: Rates, now_s: float) -> Group:
         member = members.get((health.name, health.incarnation))
         table.add_row(*_cells(health, member, rates, now_s), style="red" if health.suspect else "")
     return Group(head, *trouble, table)
+
+
+def _role(role: pb.Role.ValueType) -> str:
+    return pb.Role.Name(role).removeprefix("ROLE_").lower()
+
+
+def _scales(status: pb.ClusterStatus) -> list[str]:
+    """Return a line for each number of members that follows load, and for its latest changes."""
+    lines = []
+    for pool in status.pools:
+        if pool.HasField("scale"):
+            bounds = f"by load, {pool.scale.min} to {pool.scale.max}"
+            lines.append(
+                f"{_role(pool.role)} {bounds}: {pool.scale.enough} would do; {pool.scale.why}"
+            )
+    for change in status.scale_changes[-_NUM_CHANGES:]:
+        ago = f"{change.age_s:.0f} s ago"
+        what = f"{_role(change.role)} {change.before} -> {change.after}"
+        lines.append(f"  {ago} {what}: {change.why}")
+    return lines
 
 
 def _cells(

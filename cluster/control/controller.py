@@ -13,10 +13,12 @@ from typing import Any, assert_never
 import structlog
 
 from cluster.control.assignment import Assignment, assign, seats_of
+from cluster.control.fixed_nodes import FixedNodes
 from cluster.control.lifecycle import PULSING, Life, Phase, adopted
 from cluster.control.options import ControllerOptions, Desired
 from cluster.control.placing.rebalance import Rebalancer
 from cluster.control.ports import (
+    Actuator,
     Died,
     Journal,
     Leaving,
@@ -31,7 +33,8 @@ from cluster.control.ports import (
 )
 from cluster.control.replicas import Fingerprints, ReplicaBook
 from cluster.control.rollout import next_to_leave, outdated
-from cluster.control.staffing import check_count, staff
+from cluster.control.scaling.autoscaler import Autoscaler
+from cluster.control.staffing import check_count, fewest_workers, need_of, staff
 from cluster.control.status import ClusterStatus, MemberStatus, PoolStatus, StepWatch
 from workers.clock import Clock
 from workers.dispatch.tally import LoadReport
@@ -63,6 +66,7 @@ class Controller:
         journal: Journal,
         clock: Clock,
         options: ControllerOptions,
+        actuator: Actuator | None = None,
         resume: bool = False,
     ) -> None:
         self._desired = desired
@@ -90,6 +94,8 @@ class Controller:
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
         self._rebalancer = Rebalancer(model, options.rebalance, clock.now_s())
+        self._actuator: Actuator = actuator or FixedNodes()
+        self._autoscaler = Autoscaler(options.scaling)
         self._view = View(journal.claim_term(), 0, (), self._book.placement())
         self._published: tuple[object, ...] = ()
         if record is not None:
@@ -103,11 +109,13 @@ class Controller:
             self._hear(event)
         if not self._stopping:
             self._roll()
+            self._scale_by_load()
             self._staff()
             self._assign()
         self._advance()
         self._watch()
         self._publish()
+        self._provide()
         self._ask_pulses()
 
     def scale(self, role: Role, count: int) -> int:
@@ -182,6 +190,8 @@ class Controller:
             last_rebalance_age_s=now_s - last.at_s if last else 0.0,
             allows_chaos=self._options.allow_chaos,
             rolling=self._rolling,
+            scales=self._autoscaler.pools,
+            scaled=tuple((now_s - change.at_s, change) for change in self._autoscaler.changes),
         )
 
     # What has happened
@@ -326,6 +336,33 @@ class Controller:
             self._lives[member].relieved = True
             self._dismiss(self._lives[member], "replaced by one with newer settings")
         self._rolling = bool(outdated(lives, self._desired.settings))
+
+    def _scale_by_load(self) -> None:
+        """Want more or fewer members where their load says so."""
+        model = self._book.model
+        num_experts = model.num_layers * model.num_experts
+        fewest = {Role.EXPERT_WORKER: fewest_workers(self._desired, num_experts)}
+        changes = self._autoscaler.consider(
+            self._lives.values(), self._wanted, fewest, self._clock.now_s()
+        )
+        for role, change in changes.items():
+            _log.info(
+                "scale", role=role.value, wanted=change.after, before=change.before, why=change.why
+            )
+            self._wanted[role] = change.after
+
+    def _provide(self) -> None:
+        """Say which nodes are needed; whoever provides them looks at that in its own time."""
+        by_role = {
+            role: [w for w in self._lives.values() if w.role is role] for role in self._wanted
+        }
+        standby = self._desired.standby if self._wanted[Role.EXPERT_WORKER] else 0
+        self._actuator.provide(
+            [
+                need_of(role, lives, self._wanted[role] + standby * (role is Role.EXPERT_WORKER))
+                for role, lives in by_role.items()
+            ]
+        )
 
     def _staff(self) -> None:
         for role, wanted in self._wanted.items():
@@ -581,6 +618,8 @@ class Controller:
                 ]
                 if self._is_suspect(life, now_s):
                     reasons.append(f"{life.member.id} is silent for {life.silent_s(now_s):.1f} s")
+        if trouble := self._actuator.trouble():
+            reasons.append(f"nodes: {trouble}")
         if self._is_alone(now_s):
             reasons.append("most members are silent: this controller may be cut off from them")
         for member, watch in self._step_watches.items():

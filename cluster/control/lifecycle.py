@@ -130,7 +130,7 @@ def adopted(member: Member, processes: tuple[ProcessId, ...], now_s: float) -> L
     life.opened = {
         process: Opened(
             pid=member.pids[rank] if rank < len(member.pids) else member.pid,
-            node=member.node,
+            node="" if rank else member.node,  # a gateway's other ranks may be on other nodes
             endpoint=member.endpoint,
             store=member.stores[rank] if rank < len(member.stores) else "",
             metrics=member.metrics,

@@ -41,6 +41,58 @@ class RebalanceOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolScaling:
+    """How the number of one role's members follows load: between `min` and `max`, 0 for not at all.
+
+    So many are wanted that each is `target` full. More are added when that has been needed for
+    `up_s`; one in ten leaves, and one at least, when fewer have sufficed for `down_s`.
+    """
+
+    min: int = 1
+    max: int = 0
+    target: float = 0.6
+    up_s: float = 2.0
+    down_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertScaling(PoolScaling):
+    """Expert workers, whose `target` is the share of time in which they compute.
+
+    More are added, too, when a call waits for longer than `queue_s`, or when a gateway waits for
+    experts for more than the share `waiting` of its steps' time while a worker is above the target.
+    """
+
+    queue_s: float = 0.25
+    waiting: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayScaling(PoolScaling):
+    """Gateways, whose `target` is the share of KV or state memory that sequences hold.
+
+    More are added, too, when sequences wait for room, or steps take longer than `step_s`, if it is
+    not 0.
+    """
+
+    target: float = 0.7
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingOptions:
+    """How the numbers of members follow load, looked at every `period_s`.
+
+    A load that rises is met `ahead_s` before it is there, 0 for when it is there.
+    """
+
+    experts: ExpertScaling = ExpertScaling()
+    gateways: GatewayScaling = GatewayScaling()
+    period_s: float = 1.0
+    ahead_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerOptions:
     """Pace and patience of the controller, in seconds.
 
@@ -61,3 +113,4 @@ class ControllerOptions:
     max_failed_starts: int = 4
     allow_chaos: bool = False
     rebalance: RebalanceOptions = RebalanceOptions()
+    scaling: ScalingOptions = ScalingOptions()

@@ -104,6 +104,42 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeNeed:
+    """The nodes that the members of one role need.
+
+    `count` members are wanted, standbys with them. `nodes` are the ids of the nodes that hold some
+    now, whatever these do; `num_unplaced` processes have not said yet where they are.
+    """
+
+    role: Role
+    count: int
+    nodes: frozenset[str] = frozenset()
+    num_unplaced: int = 0
+
+
+class Actuator(Protocol):
+    """Has nodes come for members that are wanted, and go when members have left.
+
+    No method blocks.
+    """
+
+    def provide(self, needs: Sequence[NodeNeed]) -> None:
+        """Work towards these, in place of what was asked for before; called again and again.
+
+        A node that is named in a need is never taken away.
+        """
+        ...
+
+    def trouble(self) -> str:
+        """Say why nodes do not come or go as they are asked for; "" while they do."""
+        ...
+
+    def close(self) -> None:
+        """Work towards nothing any more; what was asked for last stays."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What a controller must find again: the View, and how many members of each role are wanted.

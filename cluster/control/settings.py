@@ -19,7 +19,14 @@ COUNTS: Mapping[str, Role] = MappingProxyType(
     }
 )
 # The controller alone reads these; one with other values takes over from the one before.
-_OF_CONTROLLER = ("control.", "experts.floor", "experts.min", "experts.standby", "experts.max")
+_OF_CONTROLLER = (
+    "control.",
+    "autoscaler.",
+    "experts.floor",
+    "experts.min",
+    "experts.standby",
+    "experts.max",
+)
 # Both ends of a link, or an answer from its first to its last token, must agree on these.
 _FIXED = ("model.path", "model.dtype", "dispatch.capacity_rows", "dispatch.bit_stable")
 _SECTIONS: Mapping[Role, tuple[str, ...]] = MappingProxyType(

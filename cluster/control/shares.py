@@ -12,12 +12,14 @@ class Shares:
     """How busy a member was lately: 0 for what does not apply to its role.
 
     `busy` is the share of time in which a worker computed, `waiting` the share of a gateway's step
-    time in which it waited for experts, `queue_age_s` the longest wait of a call that was seen.
+    time in which it waited for experts, `queue_age_s` the longest wait of a call that was seen,
+    `step_s` the mean time of a gateway's steps.
     """
 
     busy: float = 0.0
     waiting: float = 0.0
     queue_age_s: float = 0.0
+    step_s: float = 0.0
 
 
 class ShareWindow:
@@ -27,6 +29,7 @@ class ShareWindow:
         self._half_life_s = half_life_s
         self._seen_s: float | None = None
         self._compute_s = self._wait_s = self._step_s = 0.0
+        self._steps = 0
         self.latest = Shares()
 
     def note(self, stats: object, now_s: float) -> None:
@@ -43,11 +46,16 @@ class ShareWindow:
                     busy = keep * self.latest.busy + (1 - keep) * busy
                     self.latest = Shares(busy=busy, queue_age_s=age_s)
             case GatewayStats():
-                step_s = stats.step_s - self._step_s
+                step_s, num_steps = stats.step_s - self._step_s, stats.steps - self._steps
                 waiting = _share(stats.dispatch_wait_s - self._wait_s, step_s)
                 self._step_s, self._wait_s = stats.step_s, stats.dispatch_wait_s
+                self._steps = stats.steps
                 if passed_s and step_s > 0:
-                    self.latest = Shares(waiting=keep * self.latest.waiting + (1 - keep) * waiting)
+                    mean_s = step_s / max(num_steps, 1)
+                    self.latest = Shares(
+                        waiting=keep * self.latest.waiting + (1 - keep) * waiting,
+                        step_s=keep * self.latest.step_s + (1 - keep) * mean_s,
+                    )
             case _:
                 return
 

@@ -1,11 +1,13 @@
 """Who to start, who to put to work and who to let go, so that as many serve as are wanted: pure."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 from cluster.control.lifecycle import Life, Phase
 from cluster.control.options import Desired
+from cluster.control.ports import NodeNeed
 from workers.errors import RefusedError
 from workers.placement import MemberId, Role
 
@@ -68,6 +70,21 @@ def check_count(
             f"{count} expert workers: a gateway rank has at most {desired.max_workers} links; "
             "run further workers as another cell"
         )
+
+
+def fewest_workers(desired: Desired, num_experts: int) -> int:
+    """Return how many workers hold the wanted copies of every expert, each on another worker."""
+    if not desired.num_slots:
+        return 1
+    return max(math.ceil(desired.floor * num_experts / desired.num_slots), desired.floor, 1)
+
+
+def need_of(role: Role, lives: Collection[Life], count: int) -> NodeNeed:
+    """Return the nodes that a role's members need, `count` of which are wanted."""
+    opened = [life.opened.get(process) for life in lives for process in life.processes]
+    nodes = frozenset(o.node for o in opened if o is not None and o.node)
+    num_unplaced = sum(o is None or not o.node for o in opened)
+    return NodeNeed(role=role, count=count, nodes=nodes, num_unplaced=num_unplaced)
 
 
 def _seniority(life: Life) -> tuple[bool, int, int, MemberId]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from cluster.control.ports import Pulse
+from cluster.control.scaling.autoscaler import PoolScale, Scaled
 from cluster.control.shares import Shares
 from workers.placement import Member, Role, View
 from workers.types import GatewayStats
@@ -51,7 +52,9 @@ class ClusterStatus:
 
     `rebalancing_s` is for how long some expert has lacked a wanted copy; 0 while none does.
     `replicas_moving` are still to be loaded for the sake of balance.
-    `rolling` says whether outdated members, which were started with other settings than new ones
+    `scales` are the numbers of members that follow load, `scaled` their latest changes, each with
+    its age in seconds. `rolling` says whether outdated members, which were started with other
+    settings than new ones
     are, are being replaced.
     """
 
@@ -69,6 +72,8 @@ class ClusterStatus:
     last_rebalance_age_s: float = 0.0
     allows_chaos: bool = False
     rolling: bool = False
+    scales: tuple[PoolScale, ...] = ()
+    scaled: tuple[tuple[float, Scaled], ...] = ()
 
 
 class StepWatch:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from cluster import wire
+from cluster.control.scaling.autoscaler import PoolScale
 from cluster.control.status import ClusterStatus, MemberStatus
 from cluster.frontdoor.operator import Operator
 from cluster.frontdoor.service import FrontDoorParts, guarded
@@ -136,6 +137,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
 def status_message(status: ClusterStatus) -> cluster_pb2.ClusterStatus:
     """Return the controller's word as clients see it; the controller is among the members."""
     view = view_message(status.view, status.view.uncovered(), {})
+    scales = {scale.role: scale for scale in status.scales}
     if status.controller is not None:
         view.members.insert(0, _member_message(status.controller, 0, None))
     return cluster_pb2.ClusterStatus(
@@ -149,6 +151,7 @@ def status_message(status: ClusterStatus) -> cluster_pb2.ClusterStatus:
                 wanted=pool.wanted,
                 serving=pool.serving,
                 standby=pool.standby,
+                scale=_scale_message(scales.get(pool.role)),
             )
             for pool in status.pools
         ],
@@ -157,7 +160,23 @@ def status_message(status: ClusterStatus) -> cluster_pb2.ClusterStatus:
         allows_chaos=status.allows_chaos,
         replicas_moving=status.replicas_moving,
         last_rebalance=_rebalance_message(status),
+        scale_changes=[
+            cluster_pb2.ScaleChange(
+                role=_ROLES[change.role],
+                age_s=age_s,
+                before=change.before,
+                after=change.after,
+                why=change.why,
+            )
+            for age_s, change in status.scaled
+        ],
     )
+
+
+def _scale_message(scale: PoolScale | None) -> cluster_pb2.PoolScale | None:
+    if scale is None:
+        return None
+    return cluster_pb2.PoolScale(min=scale.min, max=scale.max, enough=scale.enough, why=scale.why)
 
 
 def _rebalance_message(status: ClusterStatus) -> cluster_pb2.Rebalance | None:

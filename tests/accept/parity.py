@@ -28,7 +28,9 @@ def main() -> None:
     ended = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, check=False)
     print(ended.stdout[-6000:], ended.stderr[-2000:], sep="\n")
     outcomes: dict[str, list[str]] = {}
-    for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) (.+)$", ended.stdout, re.M):
+    for outcome, test in re.findall(
+        r"^(PASSED|FAILED|ERROR|SKIPPED) ((?:tests/|\[).+)$", ended.stdout, re.M
+    ):
         outcomes.setdefault(outcome.lower(), []).append(test)
     report = {
         "command": " ".join(["pytest", *COMMAND[3:]]),

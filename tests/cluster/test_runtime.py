@@ -24,7 +24,7 @@ def spec(process=ONE, **more) -> ProcessSpec:
 @pytest.fixture(scope="module")
 def ray_cluster():
     ray_environment()
-    from cluster.runtime import ray_session
+    from cluster.runtime.session import ray_session
 
     with ray_session(None, logs_to_console=False, num_gpus=0) as logs:
         yield logs
@@ -43,7 +43,7 @@ def runtime(request):
         yield fake
         return
     request.getfixturevalue("ray_cluster")
-    from cluster.runtime import RayRuntime
+    from cluster.runtime.actors import RayRuntime
 
     runtime = RayRuntime(SystemClock())
     yield runtime
@@ -98,7 +98,7 @@ def test_a_killed_process_is_reported_once_and_calls_to_it_vanish(runtime) -> No
 
 @pytest.mark.ray
 def test_a_crash_is_noticed(ray_cluster) -> None:
-    from cluster.runtime import RayRuntime
+    from cluster.runtime.actors import RayRuntime
 
     runtime = RayRuntime(SystemClock())
     runtime.spawn(spec(TWO))
@@ -114,7 +114,7 @@ def test_a_crash_is_noticed(ray_cluster) -> None:
 
 @pytest.mark.ray
 def test_a_body_that_cannot_be_built_is_a_death_with_the_reason(ray_cluster) -> None:
-    from cluster.runtime import RayRuntime
+    from cluster.runtime.actors import RayRuntime
 
     runtime = RayRuntime(SystemClock())
     runtime.spawn(spec(body="tests.cluster.echo_body:UnbornBody", arguments=()))
@@ -126,7 +126,7 @@ def test_a_body_that_cannot_be_built_is_a_death_with_the_reason(ray_cluster) -> 
 
 @pytest.mark.ray
 def test_a_gang_of_ranks_gets_its_environment(ray_cluster) -> None:
-    from cluster.runtime import RayRuntime
+    from cluster.runtime.actors import RayRuntime
 
     runtime = RayRuntime(SystemClock())
     ranks = [ProcessId(MemberId("gang", 1), rank) for rank in range(2)]

@@ -25,8 +25,9 @@ def processes(role: Role, count: int):
 class Bench:
     def __init__(
         self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, slots=16,
-        after=None, settings="", rebalance=None,
+        after=None, settings="", rebalance=None, options=None, actuator=None,
     ) -> None:  # fmt: skip
+        self.actuator = actuator
         self.runtime = after.runtime if after else FakeRuntime()
         self.clock = after.clock if after else FakeClock()
         if after:
@@ -53,7 +54,8 @@ class Bench:
             runtime=self.runtime,
             journal=self.journal,
             clock=self.clock,
-            options=ControllerOptions(rebalance=rebalance or RebalanceOptions()),
+            options=options or ControllerOptions(rebalance=rebalance or RebalanceOptions()),
+            actuator=actuator,
             resume=after is not None,
         )
 

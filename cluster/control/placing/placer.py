@@ -105,7 +105,7 @@ def plan_target(
         holds_LEW = pack(activation_LE, copies_LE, room_LW, node_W, held_LEW, style=style)
         mend(holds_LEW, room_LW, node_W, np.minimum(copies_LE, floor))
         best.offer(holds_LEW)
-    return best.within(workers, max_moves)
+    return best.within(workers, np.array([seats[w].num_slots for w in workers]), max_moves)
 
 
 def mend(
@@ -153,9 +153,11 @@ class _Best:
         self._before_L[(copies_LE == 0).any(axis=1)] = np.inf
         # A layer below its floor takes what is offered, whatever it is expected to bring.
         self._floor_L = np.minimum(copies_LE, floor).sum(axis=1)
+        self._held_copies = int(self._floor_L.sum())
         self._floor = floor
         self._holds_LEW = held_LEW.copy()
         self._busiest_L = self._before_L.copy()
+        self._whole: tuple[int, float, Flags] | None = None  # the best that was offered as one
 
     def offer(self, holds_LEW: Flags) -> None:
         """Take the layers that are better than what there was."""
@@ -167,9 +169,30 @@ class _Best:
         self._holds_LEW[better_L] = holds_LEW[better_L]
         self._busiest_L[better_L] = found_L[better_L]
         self._floor_L[better_L] = floor_L[better_L]
+        num_copies, busiest = int(floor_L.sum()), float(found_L.sum())
+        if self._whole is None or (-num_copies, busiest) < (-self._whole[0], self._whole[1]):
+            self._whole = num_copies, busiest, holds_LEW
 
-    def within(self, workers: tuple[MemberId, ...], max_moves: int | None) -> Target:
-        """Return the best of every layer; beyond so many moves, layers stay as they are."""
+    def within(
+        self, workers: tuple[MemberId, ...], slots_W: NDArray[np.int64], max_moves: int | None
+    ) -> Target:
+        """Return the best of every layer; beyond so many moves, layers stay as they are.
+
+        Layers that were packed apart, or stay as they are, may not fit on a worker together. Then
+        all take what was packed as one, or nothing changes if that is no better or too many moves.
+        """
+        target = self._mixed(workers, max_moves)
+        if self._whole is None or (target.holds_LEW.sum(axis=(0, 1)) <= slots_W).all():
+            return target
+        num_copies, busiest, holds_LEW = self._whole
+        num_moves = int((holds_LEW & ~self._held_LEW).sum())
+        is_better = (-num_copies, busiest) < (-self._held_copies, float(self._before_L.sum()))
+        if not is_better or (max_moves is not None and num_moves > max_moves):
+            return Target(workers, self._held_LEW, self._before_L, self._before_L, 0)
+        found_L = busiest_L(holds_LEW, self._batches_LNE)
+        return Target(workers, holds_LEW, found_L, self._before_L, num_moves)
+
+    def _mixed(self, workers: tuple[MemberId, ...], max_moves: int | None) -> Target:
         moves_L = (self._holds_LEW & ~self._held_LEW).sum(axis=(1, 2))
         left = int(moves_L.sum()) if max_moves is None else max_moves
         with np.errstate(invalid="ignore"):

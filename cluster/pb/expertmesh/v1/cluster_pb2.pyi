@@ -269,6 +269,7 @@ class ClusterStatus(_message.Message):
     ALLOWS_CHAOS_FIELD_NUMBER: _builtins.int
     REPLICAS_MOVING_FIELD_NUMBER: _builtins.int
     LAST_REBALANCE_FIELD_NUMBER: _builtins.int
+    SCALE_CHANGES_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     rebalancing_s: _builtins.float
     """Seconds since every expert last had its wanted copies; 0 while it has."""
@@ -294,6 +295,10 @@ class ClusterStatus(_message.Message):
     def last_rebalance(self) -> Global___Rebalance:
         """The placement that was last made by load; unset when none was."""
 
+    @_builtins.property
+    def scale_changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScaleChange]:
+        """The latest changes of wanted numbers by load, the newest last."""
+
     def __init__(
         self,
         *,
@@ -307,10 +312,11 @@ class ClusterStatus(_message.Message):
         allows_chaos: _builtins.bool = ...,
         replicas_moving: _builtins.int = ...,
         last_rebalance: Global___Rebalance | None = ...,
+        scale_changes: _abc.Iterable[Global___ScaleChange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_rebalance", b"last_rebalance", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_chaos", b"allows_chaos", "last_rebalance", b"last_rebalance", "members", b"members", "pools", b"pools", "ready", b"ready", "reasons", b"reasons", "rebalancing_s", b"rebalancing_s", "replicas_loading", b"replicas_loading", "replicas_moving", b"replicas_moving", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allows_chaos", b"allows_chaos", "last_rebalance", b"last_rebalance", "members", b"members", "pools", b"pools", "ready", b"ready", "reasons", b"reasons", "rebalancing_s", b"rebalancing_s", "replicas_loading", b"replicas_loading", "replicas_moving", b"replicas_moving", "scale_changes", b"scale_changes", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,10 +366,15 @@ class Pool(_message.Message):
     WANTED_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
     STANDBY_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     wanted: _builtins.int
     serving: _builtins.int
     standby: _builtins.int
+    @_builtins.property
+    def scale(self) -> Global___PoolScale:
+        """How `wanted` follows load; unset when it does not."""
+
     def __init__(
         self,
         *,
@@ -371,14 +382,79 @@ class Pool(_message.Message):
         wanted: _builtins.int = ...,
         serving: _builtins.int = ...,
         standby: _builtins.int = ...,
+        scale: Global___PoolScale | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "serving", b"serving", "standby", b"standby", "wanted", b"wanted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "scale", b"scale", "serving", b"serving", "standby", b"standby", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Pool: _TypeAlias = Pool  # noqa: Y015
+
+@_typing.final
+class PoolScale(_message.Message):
+    """The bounds of a wanted number, how many the load needs now, and how that is seen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    ENOUGH_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    min: _builtins.int
+    max: _builtins.int
+    enough: _builtins.int
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        min: _builtins.int = ...,
+        max: _builtins.int = ...,
+        enough: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enough", b"enough", "max", b"max", "min", b"min", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolScale: _TypeAlias = PoolScale  # noqa: Y015
+
+@_typing.final
+class ScaleChange(_message.Message):
+    """A wanted number that was changed because of load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    age_s: _builtins.float
+    """Seconds since."""
+    before: _builtins.int
+    after: _builtins.int
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        age_s: _builtins.float = ...,
+        before: _builtins.int = ...,
+        after: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "age_s", b"age_s", "before", b"before", "role", b"role", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleChange: _TypeAlias = ScaleChange  # noqa: Y015
 
 @_typing.final
 class MemberHealth(_message.Message):

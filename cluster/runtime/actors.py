@@ -1,29 +1,17 @@
-"""Ray: the only file that imports it.
-
-Ray starts, watches and ends processes and carries slow control messages. It never carries a tensor
-or a token.
-"""
+"""Processes as Ray actors: started, watched, called and ended."""
 
 import contextlib
 import importlib
 import logging
 import queue
-import signal
-import socket
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.node import Node
-from ray._private.state import state as global_state
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.control.fence import Fence
 from cluster.control.ports import (
@@ -36,17 +24,12 @@ from cluster.control.ports import (
     Returned,
     RuntimeEvent,
 )
-from workers.clock import Clock, SystemClock
-from workers.errors import ExpertmeshError, RefusedError, UnavailableError
+from cluster.runtime.names import METHODS_AT_ONCE, NAMESPACE, actor_name
+from cluster.runtime.nodes import draining_nodes
+from workers.clock import Clock
 
-NAMESPACE = "expertmesh"
-CONTROLLER_NAME = "expertmesh-controller"
-_METHODS_AT_ONCE = 8  # a long call, such as loading, must not hold up a pulse
-_PREFIX = "expertmesh-"
 _LOOK_AT_NODES_S = 1.0
-_LEAST_WAIT_S = 0.1
 _ASK_AGAIN_S = 0.2
-_REACH_S = 10.0
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
@@ -105,10 +88,10 @@ class RayRuntime:
             "num_cpus": spec.num_cpus,
             "num_gpus": spec.num_gpus,
             "resources": dict(spec.resources),
-            "name": _actor_name(spec.id),
+            "name": actor_name(spec.id),
             "namespace": NAMESPACE,
             "lifetime": "detached",  # a controller may die; what it started goes on
-            "max_concurrency": _METHODS_AT_ONCE,
+            "max_concurrency": METHODS_AT_ONCE,
             "max_restarts": 0,
             "runtime_env": {"env_vars": dict(spec.environment)} if spec.environment else None,
         }
@@ -126,7 +109,7 @@ class RayRuntime:
     def adopt(self, process: ProcessId) -> None:
         """Find the actor of a process by its name and watch it."""
         try:
-            actor: Any = ray.get_actor(_actor_name(process), NAMESPACE)
+            actor: Any = ray.get_actor(actor_name(process), NAMESPACE)
         except ValueError:
             self._events.put(Died(process, "the process is not there any more"))
             return
@@ -240,191 +223,3 @@ def _event_of(process: ProcessId, method: str, error: BaseException) -> RuntimeE
         return Died(process, f"the process could not start: {error}")
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
     return Raised(process, method, f"{type(cause).__name__}: {cause}")
-
-
-class ControllerHandle:
-    """A blocking view of the controller's actor, for the command line and the front doors."""
-
-    def __init__(self, actor: Any, clock: Clock | None = None) -> None:  # noqa: ANN401
-        self._actor = actor
-        self._clock = clock or SystemClock()
-
-    def call(self, method: str, *arguments: object, timeout_s: float = 30.0) -> Any:  # noqa: ANN401
-        """Call the controller and wait; while Ray restarts it, ask again.
-
-        Raises:
-            UnavailableError: The controller has ended, or did not answer in time.
-            ExpertmeshError: What the controller raised.
-        """
-        deadline_s = self._clock.now_s() + timeout_s
-        while True:
-            left_s = max(deadline_s - self._clock.now_s(), _LEAST_WAIT_S)
-            try:
-                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=left_s)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ExpertmeshError):
-                    raise error.cause from error
-                raise ExpertmeshError(f"controller: {method}: {error.cause}") from error
-            except ray.exceptions.ActorUnavailableError as error:
-                if self._clock.now_s() > deadline_s:
-                    raise UnavailableError(f"the controller is away: {error}") from error
-                time.sleep(_ASK_AGAIN_S)
-            except ray.exceptions.RayActorError as error:
-                raise UnavailableError(f"the controller has ended: {error}") from error
-            except ray.exceptions.GetTimeoutError as error:
-                raise UnavailableError(
-                    f"the controller did not answer {method} in {timeout_s:g} s"
-                ) from error
-
-    def end(self) -> None:
-        """End the controller's process; what it started goes on."""
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            ray.kill(self._actor, no_restart=True)
-
-
-def end_processes() -> int:
-    """End every process of the cluster, the controller's first; returns how many there were."""
-    names = [name for name in ray.util.list_named_actors() if name.startswith(_PREFIX)]
-    for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):
-        with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
-            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
-    return len(names)
-
-
-def find_controller(name: str) -> ControllerHandle:
-    """Return a handle to the controller that runs under this name.
-
-    Raises UnavailableError when there is none.
-    """
-    try:
-        return ControllerHandle(ray.get_actor(name, NAMESPACE))
-    except ValueError as error:
-        raise UnavailableError(f"no controller {name} runs: {error}") from error
-
-
-def draining_nodes() -> frozenset[str]:
-    """Return the ids of the nodes that Ray is about to take away."""
-    return frozenset(global_state.get_draining_nodes())
-
-
-def was_restarted() -> bool:
-    """Whether this actor's process took the place of one that died."""
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def _actor_name(process: ProcessId) -> str:
-    return f"{_PREFIX}{process}"
-
-
-@contextlib.contextmanager
-def ray_session(address: str | None, *, logs_to_console: bool, num_gpus: int) -> Iterator[str]:
-    """Join the Ray cluster at `address`, or run one on this machine as long as the context lasts.
-
-    Yields the directory of Ray's session, where every process's log lies; "" where it is not known,
-    since the address is that of a Ray client server (ray://HOST:PORT). A local cluster offers
-    the custom resources that pools name in a real one, and starts no process before its time.
-    """
-    local: dict[str, Any] = {
-        "num_cpus": 2,
-        "num_gpus": num_gpus,
-        "include_dashboard": False,
-        "object_store_memory": 80 * 2**20,  # about the least; nothing large goes through it
-        "resources": {"gateway": 1000, "expert_slot": 1_000_000, "frontdoor": 1000},
-        "_system_config": {"enable_worker_prestart": False},
-    }
-    if not address:
-        _leave_out_api_server()
-    if address:
-        _reach(address)
-    client = address is not None and address.startswith("ray://")
-    quiet: dict[str, Any] = {
-        "log_to_driver": logs_to_console,
-        "logging_level": logging.ERROR,
-        "configure_logging": True,
-    }
-    options = {**({} if client else quiet), **({} if address else local)}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    context = _joined(address or "local", options)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)  # Ray puts its own in their place
-    try:
-        yield "" if client else str(context.address_info["session_dir"])
-    finally:
-        ray.shutdown()
-
-
-def _joined(address: str, options: dict[str, Any]) -> Any:  # noqa: ANN401 - Ray's own
-    """Join Ray, once more where its node on this machine did not come up in time."""
-    for is_last in (False, True):
-        try:
-            return ray.init(address=address, namespace=NAMESPACE, **options)
-        except Exception as error:
-            if is_last or "timed out during startup" not in str(error):
-                raise
-            log.warning("Ray's node did not come up; trying once more: %s", error)
-            ray.shutdown()
-    raise AssertionError
-
-
-def _reach(address: str) -> None:
-    """Raise UnavailableError when nobody listens at HOST:PORT, for which Ray would wait minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # a word that Ray knows, such as auto
-    try:
-        with socket.create_connection((host, int(port)), _REACH_S):
-            pass
-    except OSError as error:
-        raise UnavailableError(f"no Ray cluster is reached at {address}: {error}") from error
-
-
-def _leave_out_api_server() -> None:
-    """Keep Ray from starting its dashboard's process, which nothing here uses.
-
-    Even with the dashboard and reports of use switched off it asks the clouds' metadata addresses
-    where it runs (`UsageStatsHead` of ray 2.60.0), and Ray has no setting against it.
-    """
-
-    def nothing(_node: Node, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
-        del include_dashboard, raise_on_failure
-
-    Node.start_api_server = nothing  # type: ignore[assignment]
-
-
-def start_controller(
-    body: type, *arguments: object, name: str, resources: Mapping[str, float] | None = None
-) -> ControllerHandle:
-    """Start the controller as a named actor, and return a handle.
-
-    It runs where these resources are; without any, on this node if it can be. Raises RefusedError
-    when a controller of this name runs already.
-    """
-    options: dict[str, Any] = {
-        "name": name,
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "num_cpus": 0,
-        "max_concurrency": _METHODS_AT_ONCE,
-        "max_restarts": -1,
-    }
-    if resources:
-        options["resources"] = dict(resources)
-    else:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_name(), soft=True)
-    try:
-        actor: Any = ray.remote(body).options(**options).remote(*arguments)
-    except ValueError as error:
-        raise RefusedError(
-            f"a controller named {name} runs on this Ray cluster already: {error}"
-        ) from error
-    return ControllerHandle(actor)
-
-
-def node_address() -> str:
-    """Return the address of this process's node, as the other nodes reach it."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def node_name() -> str:
-    """Return the id of this process's node."""
-    return str(ray.get_runtime_context().get_node_id())

@@ -1,0 +1,46 @@
+"""Where a rate is heading: a level and a slope, smoothed (Holt's linear trend).
+
+Source: C. C. Holt, "Forecasting seasonals and trends by exponentially weighted moving averages"
+(1957), with weights that follow from half-lives, since the samples come at no fixed pace.
+"""
+
+from collections.abc import Mapping
+
+_LEVEL_HALF_LIFE_S = 5.0
+_SLOPE_HALF_LIFE_S = 20.0
+_MOST_GROWTH = 2.0
+
+
+class Trend:
+    """Follows the rate at which counters rise; whose counters come and go does not matter."""
+
+    def __init__(self) -> None:
+        self._counts: Mapping[str, int] = {}
+        self._seen_s: float | None = None
+        self._level: float | None = None
+        self._slope = 0.0
+
+    def note(self, counts: Mapping[str, int], now_s: float) -> None:
+        """Take the counters as they stand; one that is new counts from the next time on."""
+        before, before_s = self._counts, self._seen_s
+        self._counts, self._seen_s = dict(counts), now_s
+        if before_s is None or now_s <= before_s:
+            return
+        risen = sum(max(count - before[k], 0) for k, count in counts.items() if k in before)
+        self._take(risen / (now_s - before_s), now_s - before_s)
+
+    def _take(self, rate: float, passed_s: float) -> None:
+        if self._level is None:
+            self._level = rate
+            return
+        keep = 0.5 ** (passed_s / _LEVEL_HALF_LIFE_S)
+        level = keep * (self._level + self._slope * passed_s) + (1 - keep) * rate
+        keep = 0.5 ** (passed_s / _SLOPE_HALF_LIFE_S)
+        self._slope = keep * self._slope + (1 - keep) * (level - self._level) / passed_s
+        self._level = max(level, 0.0)
+
+    def growth(self, ahead_s: float) -> float:
+        """Return by what factor the rate will have grown in `ahead_s`: from 1, at most 2."""
+        if not self._level or self._slope <= 0 or ahead_s <= 0:
+            return 1.0
+        return min(1.0 + self._slope * ahead_s / self._level, _MOST_GROWTH)

@@ -1,0 +1,114 @@
+"""The controller as a named Ray actor: started, found, called and ended."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.runtime.demand import end_demand
+from cluster.runtime.names import CONTROLLER_NAME, METHODS_AT_ONCE, NAMESPACE, PREFIX
+from cluster.runtime.nodes import node_name
+from workers.clock import Clock, SystemClock
+from workers.errors import ExpertmeshError, RefusedError, UnavailableError
+
+_LEAST_WAIT_S = 0.1
+_ASK_AGAIN_S = 0.2
+
+
+class ControllerHandle:
+    """A blocking view of the controller's actor, for the command line and the front doors."""
+
+    def __init__(self, actor: Any, clock: Clock | None = None) -> None:  # noqa: ANN401
+        self._actor = actor
+        self._clock = clock or SystemClock()
+
+    def call(self, method: str, *arguments: object, timeout_s: float = 30.0) -> Any:  # noqa: ANN401
+        """Call the controller and wait; while Ray restarts it, ask again.
+
+        Raises:
+            UnavailableError: The controller has ended, or did not answer in time.
+            ExpertmeshError: What the controller raised.
+        """
+        deadline_s = self._clock.now_s() + timeout_s
+        while True:
+            left_s = max(deadline_s - self._clock.now_s(), _LEAST_WAIT_S)
+            try:
+                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=left_s)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ExpertmeshError):
+                    raise error.cause from error
+                raise ExpertmeshError(f"controller: {method}: {error.cause}") from error
+            except ray.exceptions.ActorUnavailableError as error:
+                if self._clock.now_s() > deadline_s:
+                    raise UnavailableError(f"the controller is away: {error}") from error
+                time.sleep(_ASK_AGAIN_S)
+            except ray.exceptions.RayActorError as error:
+                raise UnavailableError(f"the controller has ended: {error}") from error
+            except ray.exceptions.GetTimeoutError as error:
+                raise UnavailableError(
+                    f"the controller did not answer {method} in {timeout_s:g} s"
+                ) from error
+
+    def end(self) -> None:
+        """End the controller's process; what it started goes on."""
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.kill(self._actor, no_restart=True)
+
+
+def find_controller(name: str) -> ControllerHandle:
+    """Return a handle to the controller that runs under this name.
+
+    Raises UnavailableError when there is none.
+    """
+    try:
+        return ControllerHandle(ray.get_actor(name, NAMESPACE))
+    except ValueError as error:
+        raise UnavailableError(f"no controller {name} runs: {error}") from error
+
+
+def start_controller(
+    body: type, *arguments: object, name: str, resources: Mapping[str, float] | None = None
+) -> ControllerHandle:
+    """Start the controller as a named actor, and return a handle.
+
+    It runs where these resources are; without any, on this node if it can be. Raises RefusedError
+    when a controller of this name runs already.
+    """
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_concurrency": METHODS_AT_ONCE,
+        "max_restarts": -1,
+    }
+    if resources:
+        options["resources"] = dict(resources)
+    else:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_name(), soft=True)
+    try:
+        actor: Any = ray.remote(body).options(**options).remote(*arguments)
+    except ValueError as error:
+        raise RefusedError(
+            f"a controller named {name} runs on this Ray cluster already: {error}"
+        ) from error
+    return ControllerHandle(actor)
+
+
+def was_restarted() -> bool:
+    """Whether this actor's process took the place of one that died."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def end_processes() -> int:
+    """End every process of the cluster, the controller's first; returns how many there were."""
+    names = [name for name in ray.util.list_named_actors() if name.startswith(PREFIX)]
+    for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):
+        with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    if names:
+        end_demand()
+    return len(names)

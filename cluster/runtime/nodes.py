@@ -1,0 +1,25 @@
+"""The nodes of the Ray cluster."""
+
+import ray
+from ray._private.state import state as global_state
+
+
+def node_address() -> str:
+    """Return the address of this process's node, as the other nodes reach it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def node_name() -> str:
+    """Return the id of this process's node."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def draining_nodes() -> frozenset[str]:
+    """Return the ids of the nodes that Ray is about to take away."""
+    return frozenset(global_state.get_draining_nodes())
+
+
+def node_addresses() -> dict[str, str]:
+    """Return the address of every living node, by its id."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
