@@ -117,6 +117,11 @@ accept-chart: ## Run the chart's containers as processes until they answer (root
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.chart --json reports/chart.json
 
+accept-autoscale: ## Triple the load and let it fall, on Ray's own autoscaler; writes reports/autoscale.*
+	@$(ACCEPT)
+	@$(BIN)/python -m tests.accept.autoscale --json reports/autoscale.json \
+		--plot reports/autoscale.svg
+
 accept-rebalance: ## Move experts every few seconds under load; writes reports/rebalance.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.rebalance --json reports/rebalance.json
@@ -159,11 +164,13 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 ACCEPT := tools/bootstrap.sh dev && mkdir -p reports
 export TORCH_INDEX
+# Two processes whose threads wait for each other by spinning stand still on two cores.
+export OMP_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: demo test test-unit test-full test-gpu lint format pb chart bench \
 	accept-demo accept-parity accept-disconnect accept-bench accept-chaos accept-walk \
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-gateway-death \
 	accept-snapshot-cost accept-cuts accept-overhead accept-gateways accept-frontdoors accept-mixed \
-	accept-rollout accept-chart accept-rebalance accept-prefix-cache \
+	accept-rollout accept-chart accept-rebalance accept-autoscale accept-prefix-cache \
 	accept-long-context bench-placement clean help

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import structlog
 
-from cluster.config import ClusterConfig, KubeRaySection, ProcessSection, ray_environment
+from cluster.config import ClusterConfig, ProcessSection, ray_environment
 from cluster.control.controller import Blueprint, Controller
-from cluster.control.fixed_nodes import FixedNodes
 from cluster.control.journal import DirectoryJournal
+from cluster.control.node_demand import NodeDemand
 from cluster.control.options import (
     ControllerOptions,
     Desired,
@@ -27,7 +27,6 @@ from cluster.control.settings import digests
 from cluster.control.status import ClusterStatus
 from cluster.runtime.actors import RayRuntime
 from cluster.runtime.controller import was_restarted
-from cluster.runtime.demand import RayDemand
 from cluster.runtime.names import CONTROLLER_NAME
 from cluster.runtime.nodes import node_addresses, node_name
 from cluster.telemetry import configure_logging
@@ -185,28 +184,16 @@ def scaling_of(config: ClusterConfig) -> ScalingOptions:
     )
 
 
-def actuator_of(charge: Charge, blueprints: Mapping[Role, Blueprint]) -> Actuator:
-    """Return what brings nodes and takes them away."""
-    section = charge.config.autoscaler
-    if charge.host:
-        return FixedNodes()  # a cluster on this machine
-    if section.actuator == "kuberay":
-        return _kuberay(section.kuberay)
-    scaled = {
-        Role.EXPERT_WORKER: section.experts.max,
-        Role.GATEWAY: section.gateways.max,
-    }
-    nobody = MemberId("", 0)
-    return RayDemand(
-        {role: blueprints[role](nobody) for role, most in scaled.items() if most},
-        spare=section.spare_nodes,
-    )
+def actuator_of(config: ClusterConfig) -> Actuator:
+    """Return what brings nodes and takes them away.
 
-
-def _kuberay(section: KubeRaySection) -> Actuator:
-    """Make what writes a RayCluster; only who asks for it needs the client's package."""
+    Raises ConfigError when it needs a package or an access that is not there.
+    """
+    section = config.autoscaler.kuberay
+    if config.autoscaler.actuator == "ray":
+        return NodeDemand()
     try:
-        module = importlib.import_module("cluster.kuberay")
+        module = importlib.import_module("cluster.kuberay")  # only who asks for it has its package
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"autoscaler.actuator kuberay: {error}; install expertmesh[kubernetes]"
@@ -241,13 +228,12 @@ class ControllerBody:
         running = record.view.with_role(Role.EXPERT_WORKER) if record else ()
         num_slots = max((worker.num_slots for worker in running), default=0)
         desired = desired_of(config, model, build=charge.build, num_slots=num_slots)
-        blueprints = blueprints_of(config, model, desired.num_slots, charge.host)
         self._charge = charge
         self._lock = threading.Lock()
         self._controller = Controller(
             desired,
             Placement(model.weights_version, model.num_layers, model.num_experts),
-            blueprints,
+            blueprints_of(config, model, desired.num_slots, charge.host),
             runtime=RayRuntime(clock),
             journal=journal,
             clock=clock,
@@ -265,7 +251,7 @@ class ControllerBody:
                 ),
                 scaling=scaling_of(config),
             ),
-            actuator=actuator_of(charge, blueprints),
+            actuator=actuator_of(config),
             resume=resume,
         )
         self._ended = threading.Event()

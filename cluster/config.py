@@ -276,11 +276,8 @@ class AutoscalerSection(_Section):
     ahead_s: Annotated[float, Field(ge=0)] = 20.0
     """How long before it is there a rising load is met: about what a new member takes to serve."""
     actuator: Literal["ray", "kuberay"] = "ray"
-    """Who brings and takes nodes: Ray's autoscaler, by what waiting actors ask for, or the
-    controller itself, which then writes a RayCluster's `replicas`. Nodes that are there suffice."""
-    spare_nodes: Count = 0
-    """Nodes of each scaled role kept beyond those in use, with actuator ray, so that growth does
-    not wait for a machine."""
+    """Who brings and takes nodes: Ray's autoscaler, by what waiting processes ask for, or the
+    controller itself, which then writes a RayCluster's `replicas`. With ray, nodes may be fixed."""
     kuberay: KubeRaySection = KubeRaySection()
 
     @model_validator(mode="after")

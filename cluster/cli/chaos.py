@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +52,7 @@ def chaos_command(
             progress=progress,
         )
     )
+    torch.set_num_threads(1)  # threads that wait for each other stand still on a busy machine
     report = report_of(run, options, model_dir, bit_stable=bit_stable)
     console.print(table_of(report))
     if report_path is not None:

@@ -13,8 +13,8 @@ from typing import Any, assert_never
 import structlog
 
 from cluster.control.assignment import Assignment, assign, seats_of
-from cluster.control.fixed_nodes import FixedNodes
 from cluster.control.lifecycle import PULSING, Life, Phase, adopted
+from cluster.control.node_demand import NodeDemand
 from cluster.control.options import ControllerOptions, Desired
 from cluster.control.placing.rebalance import Rebalancer
 from cluster.control.ports import (
@@ -94,7 +94,7 @@ class Controller:
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
         self._rebalancer = Rebalancer(model, options.rebalance, clock.now_s())
-        self._actuator: Actuator = actuator or FixedNodes()
+        self._actuator: Actuator = actuator or NodeDemand()
         self._autoscaler = Autoscaler(options.scaling)
         self._view = View(journal.claim_term(), 0, (), self._book.placement())
         self._published: tuple[object, ...] = ()

@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.runtime.demand import end_demand
 from cluster.runtime.names import CONTROLLER_NAME, METHODS_AT_ONCE, NAMESPACE, PREFIX
 from cluster.runtime.nodes import node_name
 from workers.clock import Clock, SystemClock
@@ -109,6 +108,4 @@ def end_processes() -> int:
     for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):
         with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
-    if names:
-        end_demand()
     return len(names)

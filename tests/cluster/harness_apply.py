@@ -59,11 +59,20 @@ def command(*arguments: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def site(storage: str = "memory", **changes: Any) -> Iterator[Site]:
-    """Run a Ray head and write a configuration; the cluster, if it was applied, is taken down."""
+def site(
+    storage: str = "memory",
+    *,
+    resources: Mapping[str, float] = RESOURCES,
+    node_types: Mapping[str, dict] | None = None,
+    **changes: Any,
+) -> Iterator[Site]:
+    """Run a Ray head and write a configuration; the cluster, if it was applied, is taken down.
+
+    `resources` and `node_types` are as in `ray_head`.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="apply-") as directory,
-        ray_head(storage, resources=RESOURCES) as head,
+        ray_head(storage, resources=resources, node_types=node_types) as head,
     ):
         endpoint = f"127.0.0.1:{free_port()}"
         journal = Path(directory) / "journal"

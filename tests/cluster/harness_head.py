@@ -18,6 +18,15 @@ import psutil
 START_S = 60.0
 _RAY = (str(Path(sys.executable).parent / "ray"),)
 _STORE_BYTES = 90_000_000
+IDLE_S = 10.0  # after which Ray's autoscaler takes a node
+HEAD_ID = "f" * 51 + "00000"
+AUTOSCALER_ENVIRONMENT = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+}
 
 
 @dataclass
@@ -92,11 +101,13 @@ def ray_head(
     resources: Mapping[str, float] | None = None,
     inside: Sequence[str] = (),
     ports: tuple[int, int] | None = None,
+    node_types: Mapping[str, dict] | None = None,
 ) -> Iterator[Head]:
     """Run a head whose GCS keeps its tables in `rocksdb`, a `redis` of its own, or `memory`.
 
     `inside` goes before its command, such as what enters a network namespace. `ports` are those of
-    the GCS and of the client server.
+    the GCS and of the client server. With `node_types` Ray's own autoscaler (v2) runs beside it and
+    brings and takes nodes of these types, each a raylet on this machine.
     """
     directory = Path(tempfile.mkdtemp(prefix="head-"))
     environment = {
@@ -126,6 +137,11 @@ def ray_head(
         f"--dashboard-agent-listen-port={free_port()}",
         f"--resources={json.dumps(dict(resources or {}))}",
     ]  # fmt: skip
+    if node_types is not None:
+        environment |= AUTOSCALER_ENVIRONMENT
+        config = directory / "autoscaling.json"
+        config.write_text(json.dumps(_autoscaling(head.address, node_types)))
+        command.append(f"--autoscaling-config={config}")
     try:
         _started(command, environment)
         yield head
@@ -137,6 +153,39 @@ def ray_head(
             redis.kill()
             redis.wait(10)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _autoscaling(address: str, node_types: Mapping[str, dict]) -> dict:
+    """Return a cluster's description for Ray's provider that runs raylets for nodes."""
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    commands = ("initialization", "setup", "head_setup", "worker_setup")
+    starts = ("head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "local",
+        "max_workers": 32,
+        "available_node_types": {**node_types, "ray.head.default": head},
+        "head_node_type": "ray.head.default",
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+            "gcs_address": address,
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        "upscaling_speed": 4.0,
+        "idle_timeout_minutes": IDLE_S / 60,
+        "cluster_synced_files": [],
+        "rsync_exclude": [],
+        "rsync_filter": [],
+        **{f"{name}_commands": [] for name in (*commands, *starts)},
+    }
 
 
 def _started(command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -88,7 +88,9 @@ def test_the_product_reads_the_rendered_configuration_as_it_was_given(example, r
 
     config = validate(yaml.safe_load(text))
 
-    expected = {key: {**defaults.get(key, {}), **given.get(key, {})} for key in defaults}
+    expected = {
+        key: {**defaults.get(key, {}), **given.get(key, {})} for key in {**defaults, **given}
+    }
     assert config == validate(expected)
 
 

@@ -91,6 +91,18 @@ def test_helm_3_refuses_the_same_typos():
         (merged(doors(), {"expertPools": {"default": {"minReplicas": 5}}}), "above maxReplicas"),
         (merged(doors(), {"config": {"experts": {"workers": 5}}}), "expertPools have places for 4"),
         (merged(doors(), {"config": {"gateways": {"tensor_parallel": 4}}}), "wants 4 ranks"),
+        (
+            merged(doors(), {"config": {"autoscaler": {"experts": {"max": 9}}}}),
+            "autoscaler.experts.max and standbys come to 9, and expertPools have places for 4",
+        ),
+        (
+            merged(doors(), {"config": {"autoscaler": {"gateways": {"max": 9}}}}),
+            "autoscaler.gateways.max comes to 9 ranks",
+        ),
+        (
+            merged(doors(), {"config": {"autoscaler": {"actuator": "kuberay"}}}),
+            "leave it at ray",
+        ),
         (doors(count=2), "raise frontDoors.maxReplicas"),
         (merged(doors(), {"config": {"experts": {"resources": None}}}), "expert_slot: 1"),
         (

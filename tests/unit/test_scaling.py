@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.control.fixed_nodes import FixedNodes
 from cluster.control.lifecycle import Life, Phase
+from cluster.control.node_demand import NodeDemand
 from cluster.control.options import (
     ControllerOptions,
     ExpertScaling,
@@ -251,7 +251,7 @@ def worked(bench: Bench, busy: float, queue_age_s: float = 0.0) -> None:
     bench.runtime.answers["pulse"] = pulse
 
 
-class Nodes(FixedNodes):
+class Nodes(NodeDemand):
     """Writes down what it is asked for."""
 
     def __init__(self) -> None:

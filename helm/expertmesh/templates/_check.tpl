@@ -114,6 +114,18 @@
 {{- if gt (int $workers) (int $most.expert) }}
 {{- fail (printf "config.experts wants %d workers and standbys, and expertPools have places for %d: raise maxReplicas" (int $workers) (int $most.expert)) }}
 {{- end }}
+{{- $autoscaler := default (dict) .Values.config.autoscaler }}
+{{- if eq (default "ray" $autoscaler.actuator) "kuberay" }}
+{{- fail "config.autoscaler.actuator: this chart's RayCluster is scaled by Ray's autoscaler; leave it at ray" }}
+{{- end }}
+{{- $scaled := add (int (dig "experts" "max" 0 $autoscaler)) (int ($experts.standby | default 0)) }}
+{{- if gt (int $scaled) (int $most.expert) }}
+{{- fail (printf "config.autoscaler.experts.max and standbys come to %d, and expertPools have places for %d: raise maxReplicas" (int $scaled) (int $most.expert)) }}
+{{- end }}
+{{- $scaled = mul (int (dig "gateways" "max" 0 $autoscaler)) (int ($gateways.tensor_parallel | default 1)) }}
+{{- if gt (int $scaled) (int $most.gateway) }}
+{{- fail (printf "config.autoscaler.gateways.max comes to %d ranks, and gatewayPools have places for %d: raise maxReplicas or ranksPerPod" (int $scaled) (int $most.gateway)) }}
+{{- end }}
 {{- $doors := int (.Values.config.front_doors.count | default 1) }}
 {{- if gt $doors (int $most.frontdoor) }}
 {{- fail (printf "config.front_doors wants %d, and frontDoors has places for %d: raise frontDoors.maxReplicas" $doors (int $most.frontdoor)) }}
