@@ -52,6 +52,10 @@ bench-placement: ## Compare placements with EPLB's and a lower bound: the tables
 	@tools/bootstrap.sh dev
 	@$(BIN)/python -m tests.bench.bench_placement
 
+bench-autoscaler: ## Simulate days of load: worker-hours and late requests, beside simpler ways to scale
+	@tools/bootstrap.sh dev
+	@$(BIN)/python -m tests.bench.bench_autoscaler
+
 accept-parity: ## Compare with transformers over the full matrix; writes reports/parity.json
 	@$(ACCEPT)
 	@$(BIN)/python -m tests.accept.parity --json reports/parity.json
@@ -173,4 +177,4 @@ export OMP_NUM_THREADS := 1
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-gateway-death \
 	accept-snapshot-cost accept-cuts accept-overhead accept-gateways accept-frontdoors accept-mixed \
 	accept-rollout accept-chart accept-rebalance accept-autoscale accept-prefix-cache \
-	accept-long-context bench-placement clean help
+	accept-long-context bench-placement bench-autoscaler clean help

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,8 @@ from cluster.control.scaling.signals import (
     gateway_signals,
 )
 from cluster.control.scaling.trend import Trend
+from tests.bench.bench_autoscaler import draw_day, policy, static_peak
+from tests.bench.bench_autoscaler import run as run_day
 from tests.unit.test_controller import Bench
 from workers.placement import MemberState, Role
 from workers.types import GatewayStats, WorkerStats
@@ -205,8 +208,8 @@ def test_the_number_stays_within_its_bounds_and_settles(
     assert pool.see(enough[-1], for_s=100) == []
 
 
-def follow(rates: list[float], *, every_s: float = 1.0) -> Trend:
-    trend, count = Trend(), 0.0
+def follow(rates: list[float], *, every_s: float = 1.0, ahead_s: float = 20.0) -> Trend:
+    trend, count = Trend(ahead_s), 0.0
     for i, rate in enumerate(rates):
         count += rate * every_s
         trend.note({"gateway-0.1": int(count)}, i * every_s)
@@ -214,26 +217,33 @@ def follow(rates: list[float], *, every_s: float = 1.0) -> Trend:
 
 
 def test_a_steady_rate_does_not_grow_and_a_rising_one_does() -> None:
-    assert follow([100.0] * 60).growth(20.0) == pytest.approx(1.0, abs=0.02)
-    rising = follow([100.0 + 5 * i for i in range(60)])
-    assert rising.growth(20.0) == pytest.approx(1 + 5 * 20 / 395, abs=0.1)
-    assert rising.growth(20.0) < rising.growth(60.0) <= 2.0
-    assert follow([400.0 - 5 * i for i in range(60)]).growth(20.0) == 1.0
+    assert follow([100.0] * 60).growth == pytest.approx(1.0, abs=0.02)
+    rising = [100.0 + 5 * i for i in range(100)]
+    assert follow(rising).growth == pytest.approx(1 + 5 * 20 / 595, abs=0.1)
+    assert follow(rising[::-1]).growth == 1.0
+    assert follow(rising, ahead_s=0.0).growth == 1.0
+    assert follow([10.0 * 1.2**i for i in range(60)]).growth > 1.5
+    assert follow([10.0 * 1.5**i for i in range(60)]).growth == 2.0
+
+
+def test_noise_is_no_growth_however_far_ahead_is_looked() -> None:
+    noise = np.random.default_rng(0).poisson(20, 600).astype(float).tolist()
+    assert follow(noise, ahead_s=240.0).growth < 1.15
 
 
 def test_a_gateway_that_joins_or_leaves_is_no_growth() -> None:
-    trend = Trend()
+    trend = Trend(20.0)
     for i in range(60):
         counts = {"gateway-0.1": 100 * i}
         if i >= 30:
             counts["gateway-1.1"] = 1_000_000
         trend.note(counts, float(i))
-    assert trend.growth(60.0) == pytest.approx(1.0, abs=0.02)
+    assert trend.growth == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_first_word_says_nothing_of_growth() -> None:
-    assert Trend().growth(10.0) == 1.0
-    assert follow([5000.0]).growth(10.0) == 1.0
+    assert Trend(10.0).growth == 1.0
+    assert follow([5000.0]).growth == 1.0
 
 
 def worked(bench: Bench, busy: float, queue_age_s: float = 0.0) -> None:
@@ -352,3 +362,13 @@ def test_signals_come_from_members_that_serve_and_stay() -> None:
     assert expert_signals(lives).serving == 2
     assert gateway_signals(lives).serving == 1
     assert gateway_signals([w for w in lives if w.phase is not Phase.SERVE]).serving == 0
+
+
+def test_a_morning_of_load_is_met_with_fewer_worker_hours_than_its_peak_takes() -> None:
+    morning = draw_day(seed=3, hours=(5, 9))
+    options = ExpertScaling(min=16, max=96, down_s=600.0, queue_s=0.0005)
+    number, static = static_peak(morning, most_late=0.001)
+    followed = run_day(morning, policy(options), 20)
+    assert followed.late < 0.01
+    assert followed.worker_hours < 0.9 * static.worker_hours
+    assert followed.most <= 2 * number

@@ -52,7 +52,7 @@ class Autoscaler:
         }
         self._pools = {role: pool for role, pool in pools.items() if pool.max}
         self._scalers = {role: PoolScaler(pool) for role, pool in self._pools.items()}
-        self._trend = Trend()
+        self._trend = Trend(options.ahead_s)
         self._looked_s: float | None = None
         self._appraisals: dict[Role, Appraisal] = {}
         self._changes: deque[Scaled] = deque(maxlen=_NUM_KEPT)
@@ -94,7 +94,7 @@ class Autoscaler:
         if not self._scalers or not self._is_due(now_s):
             return {}
         self._trend.note(tokens_done(lives), now_s)
-        growth = self._trend.growth(self._options.ahead_s)
+        growth = self._trend.growth
         changes = {}
         for role, scaler in self._scalers.items():
             serving = self._appraise(role, lives, growth)

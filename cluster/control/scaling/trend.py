@@ -6,15 +6,19 @@ Source: C. C. Holt, "Forecasting seasonals and trends by exponentially weighted 
 
 from collections.abc import Mapping
 
-_LEVEL_HALF_LIFE_S = 5.0
-_SLOPE_HALF_LIFE_S = 20.0
+_LEVEL_HALF_LIFE = 0.25  # of how far ahead is looked: noise must not be drawn out so far
+_SLOPE_HALF_LIFE = 1.0
 _MOST_GROWTH = 2.0
 
 
 class Trend:
-    """Follows the rate at which counters rise; whose counters come and go does not matter."""
+    """Follows the rate at which counters rise; whose counters come and go does not matter.
 
-    def __init__(self) -> None:
+    `ahead_s` is how far ahead is looked, 0 for not at all.
+    """
+
+    def __init__(self, ahead_s: float) -> None:
+        self._ahead_s = ahead_s
         self._counts: Mapping[str, int] = {}
         self._seen_s: float | None = None
         self._level: float | None = None
@@ -24,7 +28,7 @@ class Trend:
         """Take the counters as they stand; one that is new counts from the next time on."""
         before, before_s = self._counts, self._seen_s
         self._counts, self._seen_s = dict(counts), now_s
-        if before_s is None or now_s <= before_s:
+        if before_s is None or now_s <= before_s or not self._ahead_s:
             return
         risen = sum(max(count - before[k], 0) for k, count in counts.items() if k in before)
         self._take(risen / (now_s - before_s), now_s - before_s)
@@ -33,14 +37,15 @@ class Trend:
         if self._level is None:
             self._level = rate
             return
-        keep = 0.5 ** (passed_s / _LEVEL_HALF_LIFE_S)
+        keep = 0.5 ** (passed_s / (_LEVEL_HALF_LIFE * self._ahead_s))
         level = keep * (self._level + self._slope * passed_s) + (1 - keep) * rate
-        keep = 0.5 ** (passed_s / _SLOPE_HALF_LIFE_S)
+        keep = 0.5 ** (passed_s / (_SLOPE_HALF_LIFE * self._ahead_s))
         self._slope = keep * self._slope + (1 - keep) * (level - self._level) / passed_s
         self._level = max(level, 0.0)
 
-    def growth(self, ahead_s: float) -> float:
-        """Return by what factor the rate will have grown in `ahead_s`: from 1, at most 2."""
-        if not self._level or self._slope <= 0 or ahead_s <= 0:
+    @property
+    def growth(self) -> float:
+        """By what factor the rate will have grown `ahead_s` from now: from 1, at most 2."""
+        if not self._level or self._slope <= 0:
             return 1.0
-        return min(1.0 + self._slope * ahead_s / self._level, _MOST_GROWTH)
+        return min(1.0 + self._slope * self._ahead_s / self._level, _MOST_GROWTH)
