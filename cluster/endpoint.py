@@ -12,7 +12,7 @@ import grpc
 import structlog
 
 from cluster import wire
-from cluster.ownership.directory import Claim, Directory
+from cluster.ownership.directory import MAX_DEATHS, Claim, Directory
 from cluster.ownership.holdings import Holdings, ServingGateway
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from cluster.snapshots import SnapshotServicer, SnapshotSource
@@ -37,12 +37,14 @@ class EndpointOptions:
 
     Each front door is told the gateway's load every `stats_interval_s`. No request is kept for
     longer than `max_window_s` without a client; ended ones as long as they have no more than
-    `max_kept_tokens` together.
+    `max_kept_tokens` together. A request with which one gateway less than `max_deaths` died runs
+    beside no other such one.
     """
 
     stats_interval_s: float = 0.25
     max_window_s: float = 600.0
     max_kept_tokens: int = 2_000_000
+    max_deaths: int = MAX_DEATHS
     tick_s: float = 0.1
 
 
@@ -118,6 +120,7 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
             clock,
             max_window_s=options.max_window_s,
             max_kept_tokens=options.max_kept_tokens,
+            max_deaths=options.max_deaths,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticking: asyncio.Task[None] | None = None

@@ -90,6 +90,7 @@ class FrontDoorBody(Process):
                 max_waiting=section.max_waiting,
                 gateway_wait_s=section.gateway_wait_s,
                 gateway_silence_s=section.gateway_silence_s,
+                max_deaths=config.gateways.max_deaths,
                 experts_in_gateway=config.experts.workers == 0,
             ),
             ModelInfo.load(

@@ -33,7 +33,10 @@ class GatewayBody(Process):
         self._member = member
         self._rank = rank
         self._drain_s = config.gateways.drain_s
-        self._endpoint_options = EndpointOptions(max_window_s=config.gateways.max_resume_window_s)
+        self._endpoint_options = EndpointOptions(
+            max_window_s=config.gateways.max_resume_window_s,
+            max_deaths=config.gateways.max_deaths,
+        )
         self._host = host or node_address()
         self._worker = GatewayWorker(
             GatewaySpec(

@@ -33,7 +33,13 @@ _SECTIONS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.GATEWAY: ("gateways.", "dispatch.", "model.", "telemetry."),
         Role.EXPERT_WORKER: ("experts.", "dispatch.", "model.", "telemetry."),
-        Role.FRONT_DOOR: ("front_doors.", "gateways.context_tokens", "model.", "telemetry."),
+        Role.FRONT_DOOR: (
+            "front_doors.",
+            "gateways.context_tokens",
+            "gateways.max_deaths",
+            "model.",
+            "telemetry.",
+        ),
     }
 )
 

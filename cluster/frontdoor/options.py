@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.frontdoor.tls import TlsFiles
+from cluster.ownership.directory import MAX_DEATHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,8 @@ class FrontDoorOptions:
     yet. `default_max_tokens` bounds a completion whose max_tokens is unset. `gateway_wait_s` is how
     long a request waits while no gateway can take it. `expected_tokens` stands for the length of a
     completion when gateways are compared. A gateway that says nothing for `gateway_silence_s` is
-    taken for lost; it tells its load several times in that time. With `experts_in_gateway` there
+    taken for lost; it tells its load several times in that time. A request with which `max_deaths`
+    gateways died is failed. With `experts_in_gateway` there
     are no expert workers whose coverage health would depend on.
     """
 
@@ -39,6 +41,7 @@ class FrontDoorOptions:
     gateway_wait_s: float = 60.0
     gateway_retry_s: float = 0.05
     gateway_silence_s: float = 2.0
+    max_deaths: int = MAX_DEATHS
     reconnect_s: float = 0.2
     expected_tokens: int = 256
     keepalive_s: float = 20.0

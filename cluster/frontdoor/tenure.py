@@ -6,7 +6,7 @@ from dataclasses import replace
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
 from cluster.frontdoor.ownership import Ownership
-from cluster.ownership.directory import GRANT, MAX_DEATHS, Claim
+from cluster.ownership.directory import GRANT, Claim
 from workers.errors import ExpertmeshError
 from workers.placement import MemberId
 
@@ -88,7 +88,7 @@ class Tenure:
         """
         if not self._has_begun:
             await self._take()
-        if self.num_deaths >= MAX_DEATHS:
+        if self.num_deaths >= self._pool.options.max_deaths:
             raise ExpertmeshError(
                 f"{self.num_deaths} gateways died with request {self._claim.request_id}: it is not "
                 "tried again"

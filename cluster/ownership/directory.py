@@ -37,9 +37,9 @@ def grant_of(assignment: int) -> int:
     return assignment // GRANT * GRANT
 
 
-def is_suspect(deaths: int) -> bool:
+def is_suspect(deaths: int, max_deaths: int = MAX_DEATHS) -> bool:
     """Whether one more death would be blamed on a request: it runs beside no other such one."""
-    return deaths == MAX_DEATHS - 1
+    return deaths == max_deaths - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from cluster.ownership.directory import is_suspect
+from cluster.ownership.directory import MAX_DEATHS, is_suspect
 from cluster.ownership.kept import KeptRequest
 from workers.clock import Clock
 from workers.errors import IsolatedError, StaleAssignmentError
@@ -90,6 +90,7 @@ class Holdings:
         clock: Measures windows.
         max_window_s: The longest window, whatever a request asks for.
         max_kept_tokens: Tokens of ended requests; beyond that the oldest are forgotten.
+        max_deaths: Of gateways, with the same request, before it is failed.
     """
 
     def __init__(
@@ -100,12 +101,14 @@ class Holdings:
         *,
         max_window_s: float,
         max_kept_tokens: int,
+        max_deaths: int = MAX_DEATHS,
     ) -> None:
         self._worker = worker
         self._sink = sink
         self._clock = clock
         self._max_window_s = max_window_s
         self._max_kept_tokens = max_kept_tokens
+        self._max_deaths = max_deaths
         self._holdings: dict[str, _Holding] = {}
 
     def __len__(self) -> int:
@@ -209,10 +212,10 @@ class Holdings:
             held.until_s = None
 
     def _check_isolation(self, request: Request) -> None:
-        if not is_suspect(request.deaths):
+        if not is_suspect(request.deaths, self._max_deaths):
             return
         for held in self._holdings.values():
-            if is_suspect(held.running.deaths) and not held.kept.has_ended:
+            if is_suspect(held.running.deaths, self._max_deaths) and not held.kept.has_ended:
                 raise IsolatedError(
                     f"request {held.running.request_id} runs here, and gateways died with it too"
                 )

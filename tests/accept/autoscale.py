@@ -135,7 +135,10 @@ async def watch(doors: Doors, seen: Seen) -> None:
         )
         for change in status.scale_changes:
             at_s = now_s - change.age_s
-            if all(abs(at_s - c["at_s"]) > 0.5 for c in seen.changes):
+            is_new = all(
+                abs(at_s - c["at_s"]) > 2.0 or c["after"] != change.after for c in seen.changes
+            )
+            if is_new:  # its age is told, not its time
                 seen.changes.append(
                     {"at_s": at_s, "before": change.before, "after": change.after,
                      "why": change.why}

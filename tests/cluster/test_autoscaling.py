@@ -1,10 +1,15 @@
 """Numbers of members that follow load, on nodes that Ray's own autoscaler brings and takes."""
 
+import argparse
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
+from cluster.chaos.run import ChaosOptions, Run, report_of
+from cluster.demo.path import demo_model_path
+from tests.accept.autoscale import Plan, run
 from tests.cluster.harness_head import IDLE_S, ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -80,3 +85,17 @@ def test_nodes_follow_members_as_ray_autoscaler_brings_and_takes_them() -> None:
         )
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert ended.stdout.strip().endswith("held")
+
+
+def test_load_that_triples_brings_workers_and_nodes_and_no_client_can_tell() -> None:
+    options = argparse.Namespace(fewest=2, most=4, target=0.05, queue_s=0.5, down_s=1e6)
+    plan = Plan(rate=0.4, calm_s=2, peak_s=45, after_s=0, seed=0)
+    seen = run(options, plan, workers=2, follows_load=True)
+    report = report_of(Run(seen.answers, [], Counter()), ChaosOptions(counts={}), demo_model_path())
+    last = seen.samples[-1]
+    print(seen.changes, last)
+    assert report["passed"], report["problems"]
+    assert last["serving"] == last["nodes"] >= 3
+    assert len(seen.first_row_s) >= 3  # the newcomers compute, too
+    assert all("busy" in change["why"] for change in seen.changes)
+    assert len(seen.gateways) == 1

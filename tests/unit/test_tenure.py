@@ -33,7 +33,7 @@ class Pool:
     """Gateways by name; those in `dead` cannot be reached."""
 
     def __init__(self, *sessions: Session) -> None:
-        self.options = type("Options", (), {"name": "door"})
+        self.options = type("Options", (), {"name": "door", "max_deaths": 3})
         self.sessions = {str(s.member.id): s for s in sessions}
         self.dead: set[MemberId] = set()
 
