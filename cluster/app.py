@@ -1,6 +1,7 @@
 """The composition root: turns a configuration into blueprints, a controller and its cluster."""
 
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from cluster.control.options import (
 )
 from cluster.control.planner import slots_needed
 from cluster.control.ports import Actuator, ProcessId, ProcessSpec
-from cluster.control.settings import digests
+from cluster.control.settings import digests, fixed_values
 from cluster.control.status import ClusterStatus
 from cluster.runtime.actors import RayRuntime
 from cluster.runtime.controller import was_restarted
@@ -93,9 +94,13 @@ def desired_of(
         },
         num_slots=config.experts.slots or max(needed, num_slots if workers else 0),
         floor=floor,
-        standby=config.experts.standby,
+        standby={
+            Role.EXPERT_WORKER: config.experts.standby if workers else 0,
+            Role.GATEWAY: config.gateways.standby,
+        },
         max_workers=config.experts.max,
         settings=digests(config, build),
+        fixed=fixed_values(config),
     )
 
 
@@ -184,20 +189,27 @@ def scaling_of(config: ClusterConfig) -> ScalingOptions:
     )
 
 
+def check_startable(config: ClusterConfig, model: ModelFacts) -> None:
+    """Find what a controller would refuse, before one is started or ended for it.
+
+    Raises ConfigError.
+    """
+    desired_of(config, model)
+    if config.autoscaler.actuator != "ray" and importlib.util.find_spec("kubernetes") is None:
+        raise ConfigError(
+            "autoscaler.actuator kuberay: its client is missing; install expertmesh[kubernetes]"
+        )
+
+
 def actuator_of(config: ClusterConfig) -> Actuator:
     """Return what brings nodes and takes them away.
 
-    Raises ConfigError when it needs a package or an access that is not there.
+    Raises ConfigError when it has no access to what it would write.
     """
     section = config.autoscaler.kuberay
     if config.autoscaler.actuator == "ray":
         return NodeDemand()
-    try:
-        module = importlib.import_module("cluster.kuberay")  # only who asks for it has its package
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"autoscaler.actuator kuberay: {error}; install expertmesh[kubernetes]"
-        ) from error
+    module = importlib.import_module("cluster.kuberay")  # only who asks for it has its package
     actuator: Actuator = module.KubeRayPatch(
         module.in_cluster_client(),
         namespace=section.namespace,
@@ -301,6 +313,7 @@ class ControllerBody:
                 with self._lock:
                     self._controller.tick()
                     if self._controller.stopped or self._controller.superseded:
+                        self._controller.close()
                         self._ended.set()
         except BaseException:  # noqa: BLE001 - whatever it is, the process must not survive it
             structlog.get_logger("controller").exception("the controller's loop broke")

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from cluster.app import Charge, ControllerBody
+from cluster.app import Charge, ControllerBody, check_startable
 from cluster.config import ClusterConfig, build_name
 from cluster.control.settings import Differences, differences
 from cluster.control.status import ClusterStatus
@@ -84,6 +84,7 @@ def apply(config: ClusterConfig, *, clock: Clock, wait: Wait, progress: Progress
         build=build_name(),
         resume=True,
     )
+    check_startable(config, wanted.model)
     controller, found = _take_over(wanted, clock=clock, wait=wait)
     status = await_ready(
         controller,

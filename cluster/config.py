@@ -8,6 +8,7 @@ import ipaddress
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -56,6 +57,8 @@ class GatewaySection(ProcessSection):
     """Gateways: attention, state and the schedule of steps."""
 
     count: PositiveCount = 1
+    standby: Count = 0
+    """Warm gateways more, with their weights, that take the place of lost ones."""
     tensor_parallel: PositiveCount = 1
     max_sequences: PositiveCount = 32
     max_waiting: Count = 1024
@@ -315,6 +318,20 @@ class ClusterConfig(_Section):
     telemetry: TelemetrySection = TelemetrySection()
 
     @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        most = self.experts.max
+        for key, count in (
+            ("experts.workers", self.experts.workers),
+            ("autoscaler.experts.max", self.autoscaler.experts.max),
+        ):
+            if count > most:
+                raise ValueError(
+                    f"{key}: {count} is above experts.max, {most}, the links that a gateway's rank "
+                    "may have"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_transport(self) -> Self:
         if self.dispatch.transport == "nccl" and not (
             self.gateways.num_gpus and self.experts.num_gpus
@@ -323,8 +340,12 @@ class ClusterConfig(_Section):
         return self
 
 
-def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> ClusterConfig:
-    """Read the YAML file, apply `a.b=value` settings over it and validate the whole.
+def load_config(
+    path: Path | None = None,
+    settings: Iterable[str] = (),
+    given: Mapping[str, object] = MappingProxyType({}),
+) -> ClusterConfig:
+    """Read the YAML file, lay `given` values and `a.b=value` settings over it and validate it all.
 
     Values of settings are read as YAML, so `experts.workers=3` is a number.
 
@@ -339,6 +360,8 @@ def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> Clust
             raise ConfigError(f"cannot read {path}: {error}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} must hold a mapping at its top, not {type(tree).__name__}")
+    for key, value in given.items():
+        _put(tree, key, value)
     for setting in settings:
         _apply(tree, setting)
     return validate(tree)
@@ -387,17 +410,22 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {setting}: write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting}: the value is not YAML: {error}") from error
+    _put(tree, key, value)
+
+
+def _put(tree: dict[str, Any], key: str, value: object) -> None:
     *path, last = key.split(".")
     node = tree
     for part in path:
         below = node.setdefault(part, {})
         if not isinstance(below, dict):
-            raise ConfigError(f"--set {setting}: {part} is a value, not a section")
+            raise ConfigError(f"{key}: {part} is a value, not a section")
         node = below
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {setting}: the value is not YAML: {error}") from error
+    node[last] = value
 
 
 def _problem(error: dict[str, Any]) -> str:

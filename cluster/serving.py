@@ -1,6 +1,7 @@
 """A cluster that lasts as long as a context: started, waited for, and drained at the end."""
 
 import contextlib
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.app import Charge, ControllerBody, ModelFacts
+from cluster.app import Charge, ControllerBody, ModelFacts, check_startable
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
 from cluster.demo.path import demo_model_path
@@ -16,7 +17,7 @@ from cluster.runtime.controller import ControllerHandle, end_processes, start_co
 from cluster.runtime.names import CONTROLLER_NAME
 from cluster.runtime.session import ray_session
 from workers.clock import Clock
-from workers.errors import ExpertmeshError
+from workers.errors import ConfigError, ExpertmeshError
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.model.memory import expert_bytes
@@ -100,6 +101,9 @@ def serving(
         ExpertmeshError: The cluster did not come up; says which member failed and why.
     """
     model = model_facts(config)
+    check_startable(config, model)
+    if not ray_address:
+        _check_listen(config)
     num_gpus = int(
         config.gateways.num_gpus * config.gateways.tensor_parallel * config.gateways.count
         + config.experts.num_gpus * config.experts.workers
@@ -163,6 +167,27 @@ def stop(controller: ControllerHandle, config: ClusterConfig) -> int:
     with contextlib.suppress(ExpertmeshError):  # it has ended: nothing is left to stop
         controller.call("stop", drain_s, timeout_s=drain_s + _STOP_MARGIN_S)
     return end_processes()
+
+
+def _check_listen(config: ClusterConfig) -> None:
+    """Find out early what the first front door would find out late; raises ConfigError."""
+    section = config.front_doors
+    for key, address in (("listen", section.listen), ("health_listen", section.health_listen)):
+        host, _, port = address.rpartition(":")
+        if not port.isdigit() or int(port) == 0:
+            continue
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise ConfigError(
+                f"front_doors.{key}: cannot listen on {address}: {error.strerror or error}; take "
+                "another port, or 0 for a free one"
+            ) from error
+    if section.api_keys_file and not Path(section.api_keys_file).is_file():
+        raise ConfigError(f"front_doors.api_keys_file: there is no file {section.api_keys_file}")
 
 
 @contextlib.contextmanager

@@ -93,6 +93,14 @@ class Placement:
     num_experts: int
     replicas: dict[ExpertId, tuple[Replica, ...]] = field(default_factory=dict)
 
+    def is_like(self, other: "Placement") -> bool:
+        """Whether it is of the same checkpoint."""
+        return (self.weights_version, self.num_layers, self.num_experts) == (
+            other.weights_version,
+            other.num_layers,
+            other.num_experts,
+        )
+
     def of(self, layer: int, expert: int) -> tuple[Replica, ...]:
         """Return the replicas of one expert, in a fixed order; empty when it has none."""
         return self.replicas.get(ExpertId(layer, expert), ())

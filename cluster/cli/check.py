@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cluster.app import check_startable
 from cluster.config import ClusterConfig
 from cluster.serving import model_directory, model_facts
 from workers.errors import ExpertmeshError
@@ -30,6 +31,7 @@ def check_command(config: ClusterConfig, *, parity: bool) -> None:
     """
     console = Console()
     facts = model_facts(config)
+    check_startable(config, facts)
     directory = model_directory(config)
     model = ModelConfig.load(directory)
     linear = model.layer_types.count(LayerType.LINEAR)

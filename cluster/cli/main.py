@@ -341,7 +341,7 @@ def check(
 def run() -> int:
     """Run the command line; returns the exit status. Expected errors are one line, not a trace."""
     try:
-        app(standalone_mode=False)
+        return app(standalone_mode=False) or 0
     except ExpertmeshError as error:
         return _complain(str(error), 1)
     except grpc.RpcError as error:
@@ -354,15 +354,14 @@ def run() -> int:
         if hasattr(error, "format_message"):  # a mistake in the command line itself
             return _complain(error.format_message(), 2)
         raise
-    return 0
 
 
 def _configuration(
     path: Path | None, settings: list[str] | None, given: Mapping[str, object]
 ) -> ClusterConfig:
     """Read the file, then the options that were given, then `--set`, each over what was before."""
-    options = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return load_config(path, [*options, *(settings or [])])
+    values = {key: value for key, value in given.items() if value is not None}
+    return load_config(path, settings or (), values)
 
 
 def _with_insecure(settings: list[str] | None, *, insecure: bool) -> list[str]:

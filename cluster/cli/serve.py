@@ -91,4 +91,4 @@ class Progress:
             text += f"; {status.reasons[0]}"
         if text and text != self._last:
             self._last = text
-            self._console.print(text, style="dim", highlight=False)
+            self._console.print(text, style="dim", highlight=False, soft_wrap=True)

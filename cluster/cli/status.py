@@ -7,6 +7,7 @@ import time
 import grpc
 import orjson
 from google.protobuf.json_format import MessageToDict
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -53,19 +54,19 @@ def _table(view: pb.View) -> Table:
     missing = view.coverage.num_uncovered
     coverage = f"{missing} experts uncovered" if missing else "all experts covered"
     table = Table(
-        title=f"term {view.term}, version {view.version}: {coverage}", title_justify="left"
+        title=f"term {view.term}, version {view.version}: {coverage}",
+        title_justify="left",
+        box=SIMPLE,
     )
-    for column in ("role", "id", "incarnation", "state", "pid", "node", "slots", "endpoint"):
-        table.add_column(column)
+    for column in ("id", "state", "pid", "node", "slots", "endpoint"):
+        table.add_column(column, no_wrap=column in {"id", "endpoint"})
     for member in view.members:
         slots = f"{member.slots_used}/{member.num_slots}" if member.num_slots else ""
         table.add_row(
-            _role(member.role),
-            member.name,
-            str(member.incarnation),
+            f"{member.name}.{member.incarnation}",
             pb.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower(),
             str(member.pid or ""),
-            member.node[:12],
+            member.node[:8],
             slots,
             member.endpoint,
         )
@@ -121,8 +122,9 @@ def live_table(status: pb.ClusterStatus, rates: Rates, now_s: float) -> Group:
     for line in _scales(status):
         head.append(f"\n{line}")
     trouble = [Text(f"  {reason}", style="red") for reason in status.reasons]
-    table = Table()
-    for column in ("id", "state", "phase", "slots", "rows/s", "busy", "queue", "tokens/s"):
+    table = Table(box=SIMPLE)
+    table.add_column("id", no_wrap=True)
+    for column in ("state", "phase", "slots", "rows/s", "busy", "queue", "tokens/s"):
         table.add_column(column)
     table.add_column("waits for experts")
     table.add_column("silent")
@@ -144,7 +146,7 @@ def _scales(status: pb.ClusterStatus) -> list[str]:
         if pool.HasField("scale"):
             bounds = f"by load, {pool.scale.min} to {pool.scale.max}"
             lines.append(
-                f"{_role(pool.role)} {bounds}: {pool.scale.enough} would do; {pool.scale.why}"
+                f"{_role(pool.role)} {bounds}, which needs {pool.scale.enough}: {pool.scale.why}"
             )
     for change in status.scale_changes[-_NUM_CHANGES:]:
         ago = f"{change.age_s:.0f} s ago"

@@ -62,6 +62,7 @@ def chat_command(
 
 def _answer(stub: InferenceServiceStub, request: pb.ChatRequest, console: Console) -> pb.Message:
     reasoning = content = ""
+    console_is_open = False  # reasoning was printed, and its line not yet ended
     calls: list[pb.ToolCall] = []
     for response in stub.Chat(request):
         reasoning += response.reasoning
@@ -69,6 +70,10 @@ def _answer(stub: InferenceServiceStub, request: pb.ChatRequest, console: Consol
         calls.extend(response.tool_calls)
         if response.reasoning:
             console.print(response.reasoning, end="", style="dim", highlight=False, markup=False)
+            console_is_open = True
+        elif response.content and console_is_open:
+            console.print()
+            console_is_open = False
         _say(response.content)
     _say("\n")
     return pb.Message(role="assistant", content=content, reasoning=reasoning, tool_calls=calls)

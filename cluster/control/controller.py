@@ -13,7 +13,7 @@ from typing import Any, assert_never
 import structlog
 
 from cluster.control.assignment import Assignment, assign, seats_of
-from cluster.control.lifecycle import PULSING, Life, Phase, adopted
+from cluster.control.lifecycle import MAY_STAND_BY, PULSING, Life, Phase, adopted
 from cluster.control.node_demand import NodeDemand
 from cluster.control.options import ControllerOptions, Desired
 from cluster.control.placing.rebalance import Rebalancer
@@ -90,7 +90,7 @@ class Controller:
         self._failed_roles: dict[Role, str] = {}  # of which none has served since
         self._superseded = False
         self._rolling = False
-        record = journal.latest() if resume else None
+        record, self._refusal = self._usable(journal.latest(), model) if resume else (None, "")
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
         self._rebalancer = Rebalancer(model, options.rebalance, clock.now_s())
@@ -103,7 +103,7 @@ class Controller:
 
     def tick(self) -> None:
         """Do one round: hear, decide, act, publish."""
-        if self._superseded or not self._still_leads():
+        if self._superseded or self._refusal or not self._still_leads():
             return
         for event in self._runtime.poll():
             self._hear(event)
@@ -124,6 +124,7 @@ class Controller:
         Raises RefusedError when so many could not serve every expert, or are too many.
         """
         self._check_count(role, count)
+        self._check_bounds(role, count)
         before = self._wanted[role]
         self._wanted[role] = count
         _log.info("scale", role=role.value, wanted=count, before=before)
@@ -139,6 +140,7 @@ class Controller:
             if name in {life.member.id.name, str(life.member.id)} and not life.leaving:
                 if life.enlisted:
                     self._check_count(life.role, self._wanted[life.role] - 1)
+                    self._check_bounds(life.role, self._wanted[life.role] - 1)
                     self._wanted[life.role] -= 1
                 self._dismiss(life, "drained by an operator")
                 self._publish()
@@ -156,6 +158,10 @@ class Controller:
     def stop(self) -> None:
         """Drain everybody, front doors first; `stopped` says when nothing is left."""
         self._stopping = True
+
+    def close(self) -> None:
+        """Ask for no nodes any more; what was asked for last stays."""
+        self._actuator.close()
 
     @property
     def stopped(self) -> bool:
@@ -190,7 +196,7 @@ class Controller:
             last_rebalance_age_s=now_s - last.at_s if last else 0.0,
             allows_chaos=self._options.allow_chaos,
             rolling=self._rolling,
-            scales=self._autoscaler.pools,
+            scales=self._autoscaler.pools(self._fewest()),
             scaled=tuple((now_s - change.at_s, change) for change in self._autoscaler.changes),
         )
 
@@ -294,6 +300,28 @@ class Controller:
                 f"{life.role.value} failed to start {failed} times: {reason}"
             )
 
+    def _usable(self, record: Record | None, model: Placement) -> tuple[Record | None, str]:
+        """Return what an earlier controller left, unless that was another cluster.
+
+        Then, when members of that one may still run, the reason why nothing may be done.
+        """
+        if record is None:
+            return None, ""
+        differing = [
+            f"{key} was {value}"
+            for key, value in record.fixed.items()
+            if self._desired.fixed.get(key, value) != value
+        ]
+        if not record.view.placement.is_like(model):
+            differing.append("the checkpoint was another one")
+        if not differing or not record.view.members:
+            return (None if differing else record), ""
+        return None, (
+            "the journal is that of a cluster which cannot take this on: "
+            f"{'; '.join(differing)}. Apply its own configuration again, then `expertmesh down`; "
+            "if nothing of it runs any more, empty control.journal or name another directory"
+        )
+
     def _resume(self, record: Record) -> None:
         """Take over what an earlier controller left; whoever was half started begins anew."""
         now_s = self._clock.now_s()
@@ -339,11 +367,8 @@ class Controller:
 
     def _scale_by_load(self) -> None:
         """Want more or fewer members where their load says so."""
-        model = self._book.model
-        num_experts = model.num_layers * model.num_experts
-        fewest = {Role.EXPERT_WORKER: fewest_workers(self._desired, num_experts)}
         changes = self._autoscaler.consider(
-            self._lives.values(), self._wanted, fewest, self._clock.now_s()
+            self._lives.values(), self._wanted, self._fewest(), self._clock.now_s()
         )
         for role, change in changes.items():
             _log.info(
@@ -356,18 +381,16 @@ class Controller:
         by_role = {
             role: [w for w in self._lives.values() if w.role is role] for role in self._wanted
         }
-        standby = self._desired.standby if self._wanted[Role.EXPERT_WORKER] else 0
         self._actuator.provide(
             [
-                need_of(role, lives, self._wanted[role] + standby * (role is Role.EXPERT_WORKER))
+                need_of(role, lives, self._wanted[role] + self._desired.standby.get(role, 0))
                 for role, lives in by_role.items()
             ]
         )
 
     def _staff(self) -> None:
         for role, wanted in self._wanted.items():
-            standby = self._desired.standby if role is Role.EXPERT_WORKER and wanted else 0
-            orders = staff(role, self._lives.values(), wanted, standby)
+            orders = staff(role, self._lives.values(), wanted, self._desired.standby.get(role, 0))
             for member in orders.enlist:
                 self._lives[member].enlisted = True
             for member in orders.dismiss:
@@ -389,7 +412,7 @@ class Controller:
         )
         specs = self._blueprints[role](member.id)
         life = Life(member, tuple(spec.id for spec in specs))
-        life.enlisted = role is not Role.EXPERT_WORKER
+        life.enlisted = role not in MAY_STAND_BY
         self._lives[member.id] = life
         for spec in specs:
             self._runtime.spawn(spec)
@@ -463,7 +486,7 @@ class Controller:
         for life in list(self._lives.values()):
             if self._may_drain(life):
                 self._enter(life, Phase.DRAIN)
-            elif life.between_phases:
+            elif life.between_phases or life.is_called_up:
                 phase = life.next_phase()
                 if phase is Phase.END:
                     self._end(life, "drained")
@@ -541,6 +564,22 @@ class Controller:
             num_experts=model.num_layers * model.num_experts,
         )
 
+    def _check_bounds(self, role: Role, count: int) -> None:
+        """Refuse a number that load would change back at once."""
+        bounds = self._autoscaler.bounds(role, self._fewest().get(role, 1))
+        if bounds is not None and not bounds[0] <= count <= bounds[1]:
+            section = "experts" if role is Role.EXPERT_WORKER else f"{role.value}s"
+            raise RefusedError(
+                f"{count} of role {role.value}: the number follows load between {bounds[0]} and "
+                f"{bounds[1]}; change autoscaler.{section}.min or max and apply"
+            )
+
+    def _fewest(self) -> Mapping[Role, int]:
+        """Return how many of a role must be there whatever the load."""
+        model = self._book.model
+        num_experts = model.num_layers * model.num_experts
+        return {Role.EXPERT_WORKER: fewest_workers(self._desired, num_experts)}
+
     # What everybody is told
 
     def _call(self, process: ProcessId, method: str, *arguments: object) -> None:
@@ -568,6 +607,7 @@ class Controller:
                     leaving,
                     configured=dict(self._desired.members),
                     rolling=self._rolling,
+                    fixed=self._desired.fixed,
                 )
             )
         except RefusedError:
@@ -598,6 +638,8 @@ class Controller:
         """Say why waiting would not help; "" while it may."""
         if self._superseded:
             return f"the controller of term {self._view.term} is superseded: it must stop"
+        if self._refusal:
+            return self._refusal
         failed = next(iter(self._failed_roles.values()), "")
         return failed or ("" if self._book.held() else self._assignment.shortage)
 

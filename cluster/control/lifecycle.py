@@ -30,14 +30,22 @@ class Phase(Enum):
 # Tuples, not sets: looked at in every tick, and Python hashes a member of an enumeration slowly.
 RESTING = (Phase.STANDBY, Phase.SERVE, Phase.END)  # no call: left when somebody decides
 PULSING = (Phase.STANDBY, Phase.SERVE, Phase.DRAIN)  # asked for a pulse now and then
+MAY_STAND_BY = (Role.EXPERT_WORKER, Role.GATEWAY)
 _SETTLED = (Phase.STANDBY, Phase.LOAD, Phase.SERVE, Phase.DRAIN)
 
 # A worker opens its links before it has experts, so that it can stand by with nothing but a load
-# between it and serving; a gateway begins to listen when it has its weights.
+# between it and serving; a gateway stands by with its weights, and only begins to listen.
 PHASES: Mapping[Role, tuple[Phase, ...]] = MappingProxyType(
     {
         Role.EXPERT_WORKER: (Phase.OPEN, Phase.START, Phase.STANDBY, Phase.LOAD, Phase.SERVE),
-        Role.GATEWAY: (Phase.OPEN, Phase.JOIN, Phase.LOAD, Phase.START, Phase.SERVE),
+        Role.GATEWAY: (
+            Phase.OPEN,
+            Phase.JOIN,
+            Phase.LOAD,
+            Phase.STANDBY,
+            Phase.START,
+            Phase.SERVE,
+        ),
         Role.FRONT_DOOR: (Phase.OPEN, Phase.START, Phase.SERVE),
     }
 )
@@ -54,7 +62,7 @@ _LAST_STATES: Mapping[Phase, MemberState] = MappingProxyType(
 class Life:
     """One member's processes and how far they are.
 
-    `enlisted` says of a worker that it holds experts or is to; the others stand by. `leaving` says
+    `enlisted` says that it serves or is to; the others stand by. `leaving` says
     that the member goes for good as soon as it is not needed; `relieved`, that this is when another
     one serves in its place.
     """
@@ -82,6 +90,17 @@ class Life:
     def between_phases(self) -> bool:
         """Whether every process has finished the phase, so that the next may begin."""
         return not self.awaited and self.phase not in RESTING
+
+    @property
+    def is_called_up(self) -> bool:
+        """Whether it has stood by and is to serve; a worker waits for what it is to load."""
+        return self.phase is Phase.STANDBY and self.enlisted and self.role is Role.GATEWAY
+
+    @property
+    def progress(self) -> int:
+        """How far it has come on its way to serve; -1 once it leaves that."""
+        phases = PHASES[self.role]
+        return phases.index(self.phase) if self.phase in phases else -1
 
     @property
     def is_settled(self) -> bool:
@@ -148,7 +167,7 @@ def _state(role: Role, phase: Phase) -> MemberState:
     if role is Role.EXPERT_WORKER:
         warm = phase in {Phase.STANDBY, Phase.LOAD}
     else:
-        warm = phase is Phase.START
+        warm = phase in {Phase.STANDBY, Phase.START}
     return MemberState.WARM if warm else MemberState.JOINING
 
 

@@ -10,16 +10,19 @@ from workers.placement import Role
 class Desired:
     """How many members of each role are wanted, and how experts are spread over them.
 
-    `standby` workers more are kept, which hold nothing. `settings` names, for each role, what its
-    processes are started with now; members with other settings are replaced in a rollout.
+    `standby` members more of a role are kept warm: workers without experts, gateways with their
+    weights. `settings` names, for each role, what its
+    processes are started with now; members with other settings are replaced in a rollout. `fixed`
+    are values that all members must have had from the beginning.
     """
 
     members: Mapping[Role, int]
     num_slots: int = 0
     floor: int = 1
-    standby: int = 0
+    standby: Mapping[Role, int] = field(default_factory=dict)
     max_workers: int = 128
     settings: Mapping[Role, str] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,6 +146,7 @@ class Record:
 
     `leaving` are the members that leave for good. `configured` is how many the configuration asked
     for, from which `wanted` may have been scaled. `rolling`: outdated members are being replaced.
+    `fixed` are the values that all of them have in common for good.
     """
 
     view: View
@@ -153,6 +154,7 @@ class Record:
     leaving: frozenset[MemberId] = frozenset()
     configured: Mapping[Role, int] = field(default_factory=dict)
     rolling: bool = False
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
 
 class Journal(Protocol):

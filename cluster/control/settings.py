@@ -25,6 +25,7 @@ _OF_CONTROLLER = (
     "experts.floor",
     "experts.min",
     "experts.standby",
+    "gateways.standby",
     "experts.max",
 )
 # Both ends of a link, or an answer from its first to its last token, must agree on these.
@@ -90,6 +91,12 @@ def differences(before: ClusterConfig, after: ClusterConfig) -> Differences:
             kind = "by_rollout" if key in by_processes else "at_once"
         found[kind].append(f"{key}: {old.get(key)} -> {new[key]}")
     return Differences(**{kind: tuple(texts) for kind, texts in found.items()})
+
+
+def fixed_values(config: ClusterConfig) -> Mapping[str, str]:
+    """Return what can never change while a cluster runs, by its dotted key."""
+    values = _flat(config)
+    return {key: str(values[key]) for key in _FIXED}
 
 
 def _read_by(role: Role, keys: Iterable[str]) -> list[str]:

@@ -5,19 +5,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from cluster.control.lifecycle import Life, Phase
+from cluster.control.lifecycle import Life
 from cluster.control.options import Desired
 from cluster.control.ports import NodeNeed
 from workers.errors import RefusedError
 from workers.placement import MemberId, Role
 
-# Who is furthest is enlisted first, and dismissed last.
-_PROGRESS = (Phase.SERVE, Phase.LOAD, Phase.STANDBY, Phase.START, Phase.JOIN, Phase.OPEN)
-
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """Names of members to start, standbys that are to hold experts, and members to let go."""
+    """Names of members to start, standbys that are to serve, and members to let go."""
 
     start: tuple[str, ...] = ()
     enlist: tuple[MemberId, ...] = ()
@@ -88,7 +85,11 @@ def need_of(role: Role, lives: Collection[Life], count: int) -> NodeNeed:
 
 
 def _seniority(life: Life) -> tuple[bool, int, int, MemberId]:
-    """Order members: who holds experts first, then who is furthest, then by name's number."""
-    progress = _PROGRESS.index(life.phase) if life.phase in _PROGRESS else len(_PROGRESS)
+    """Order members: who serves or is to first, then who is furthest, then by name's number."""
     number = life.member.id.name.rpartition("-")[2]
-    return (not life.enlisted, progress, int(number) if number.isdigit() else 0, life.member.id)
+    return (
+        not life.enlisted,
+        -life.progress,
+        int(number) if number.isdigit() else 0,
+        life.member.id,
+    )

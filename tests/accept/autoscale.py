@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, plan: Plan, *, workers: int, follows_load: 
             "queue_s": options.queue_s,
             "down_s": options.down_s,
         },
-        "autoscaler.ahead_s": 10.0,
+        "autoscaler.ahead_s": 6.0,
     }
     types = node_types(options.most)
     with site(resources={"frontdoor": 4}, node_types=types, **changes) as made:
@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("--after-s", type=float, default=120)
     parser.add_argument("--fewest", type=int, default=2)
     parser.add_argument("--most", type=int, default=5)
-    parser.add_argument("--target", type=float, default=0.12)
+    parser.add_argument("--target", type=float, default=0.16)
     parser.add_argument("--queue-s", type=float, default=0.5)
     parser.add_argument("--down-s", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)

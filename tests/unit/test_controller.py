@@ -24,8 +24,9 @@ def processes(role: Role, count: int):
 
 class Bench:
     def __init__(
-        self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, slots=16,
+        self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, warm=0, slots=16,
         after=None, settings="", rebalance=None, options=None, actuator=None,
+        fixed=None, model=None,
     ) -> None:  # fmt: skip
         self.actuator = actuator
         self.runtime = after.runtime if after else FakeRuntime()
@@ -42,10 +43,11 @@ class Bench:
                 },
                 num_slots=slots,
                 floor=floor,
-                standby=standby,
+                standby={Role.EXPERT_WORKER: standby, Role.GATEWAY: warm},
                 settings=dict.fromkeys(Role, settings),
+                fixed=fixed or {},
             ),
-            Placement("w", LAYERS, EXPERTS),
+            model or Placement("w", LAYERS, EXPERTS),
             {
                 Role.EXPERT_WORKER: processes(Role.EXPERT_WORKER, 1),
                 Role.GATEWAY: processes(Role.GATEWAY, ranks),
@@ -352,6 +354,42 @@ def test_leaving_is_refused_when_the_rest_could_not_hold_every_expert() -> None:
     assert len(bench.workers()) == 3
 
 
+def test_a_warm_gateway_has_its_weights_and_only_begins_to_listen_for_a_dead_one() -> None:
+    bench = Bench(gateways=1, ranks=2, warm=1)
+    bench.ticks()
+    (pool,) = (p for p in bench.controller.status().pools if p.role is Role.GATEWAY)
+    assert (pool.wanted, pool.serving, pool.standby) == (1, 1, 1)
+    states = {m.id.name: m.state for m in bench.view.with_role(Role.GATEWAY)}
+    assert states == {"gateway-0": MemberState.ACTIVE, "gateway-1": MemberState.WARM}
+    warm = bench.runtime.named("gateway-1")
+    assert not [c for c in bench.runtime.calls if c[0] in warm and c[1] == "start"]
+
+    before = len(bench.runtime.calls)
+    bench.runtime.die(bench.runtime.named("gateway-0")[1])
+    bench.ticks(3)
+
+    states = {m.id.name: m.state for m in bench.view.with_role(Role.GATEWAY)}
+    assert states["gateway-1"] is MemberState.ACTIVE
+    asked = [
+        m for p, m, _ in bench.runtime.calls[before:] if p in warm and m not in {"adopt", "pulse"}
+    ]
+    assert asked == ["start", "start"]
+    bench.ticks()
+    assert {m.state for m in bench.view.with_role(Role.GATEWAY)} == {
+        MemberState.ACTIVE,
+        MemberState.WARM,
+    }
+
+
+def test_more_gateways_are_taken_from_the_warm_ones_first() -> None:
+    bench = Bench(gateways=1, ranks=1, warm=1)
+    bench.ticks()
+    bench.controller.scale(Role.GATEWAY, 2)
+    bench.ticks(3)
+    states = {m.id.name: m.state for m in bench.view.with_role(Role.GATEWAY)}
+    assert states["gateway-1"] is MemberState.ACTIVE
+
+
 def test_a_standby_takes_the_place_of_a_dead_worker_without_a_start() -> None:
     bench = Bench(workers=3, standby=1, floor=2)
     bench.ticks()
@@ -637,3 +675,35 @@ def test_the_load_is_not_kept_with_the_pulse() -> None:
     pulses = [p for m in bench.controller.status().members for p in m.pulses]
     assert pulses
     assert all(pulse.load is None for pulse in pulses)
+
+
+def test_a_journal_of_another_model_is_not_gone_on_from() -> None:
+    bench = Bench()
+    bench.ticks()
+    bench.controller.stop()
+    bench.ticks(20)
+    assert bench.controller.stopped
+    other = Bench(after=bench, model=Placement("another", LAYERS, EXPERTS))
+    other.ticks()
+    assert other.controller.status().ready
+    assert other.view.placement.weights_version == "another"
+
+
+@pytest.mark.parametrize(
+    "different",
+    [{"model": Placement("another", LAYERS, EXPERTS)}, {"fixed": {"dispatch.bit_stable": "True"}}],
+    ids=["model", "setting"],
+)
+def test_members_of_another_cluster_are_left_alone_and_the_reason_is_told(different) -> None:
+    bench = Bench(fixed={"dispatch.bit_stable": "False"})
+    bench.ticks()
+    other = Bench(after=bench, **{"fixed": {"dispatch.bit_stable": "False"}, **different})
+    calls = len(bench.runtime.calls)
+    other.ticks()
+    assert len(bench.runtime.calls) == calls
+    assert "which cannot take this on" in other.controller.status().failure
+    assert other.journal.views[-1] == bench.view
+
+    back = Bench(after=bench, fixed={"dispatch.bit_stable": "False"})
+    back.ticks()
+    assert back.controller.status().ready

@@ -30,6 +30,7 @@ from cluster.control.scaling.trend import Trend
 from tests.bench.bench_autoscaler import draw_day, policy, static_peak
 from tests.bench.bench_autoscaler import run as run_day
 from tests.unit.test_controller import Bench
+from workers.errors import RefusedError
 from workers.placement import MemberState, Role
 from workers.types import GatewayStats, WorkerStats
 
@@ -372,3 +373,14 @@ def test_a_morning_of_load_is_met_with_fewer_worker_hours_than_its_peak_takes() 
     assert followed.late < 0.01
     assert followed.worker_hours < 0.9 * static.worker_hours
     assert followed.most <= 2 * number
+
+
+def test_an_operator_cannot_set_what_load_would_change_back_at_once() -> None:
+    bench = scaled_bench(workers=3)
+    bench.ticks()
+    with pytest.raises(RefusedError, match="between 2 and 6"):
+        bench.controller.scale(Role.EXPERT_WORKER, 7)
+    bench.controller.scale(Role.EXPERT_WORKER, 2)
+    with pytest.raises(RefusedError, match=r"autoscaler\.experts\.min"):
+        bench.controller.drain("expert_worker-0")
+    bench.controller.scale(Role.GATEWAY, 2)

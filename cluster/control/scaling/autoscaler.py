@@ -50,8 +50,7 @@ class Autoscaler:
             Role.EXPERT_WORKER: options.experts,
             Role.GATEWAY: options.gateways,
         }
-        self._pools = {role: pool for role, pool in pools.items() if pool.max}
-        self._scalers = {role: PoolScaler(pool) for role, pool in self._pools.items()}
+        self._scalers = {role: PoolScaler(pool) for role, pool in pools.items() if pool.max}
         self._trend = Trend(options.ahead_s)
         self._looked_s: float | None = None
         self._appraisals: dict[Role, Appraisal] = {}
@@ -62,18 +61,24 @@ class Autoscaler:
         """The latest changes, the newest last."""
         return tuple(self._changes)
 
-    @property
-    def pools(self) -> tuple[PoolScale, ...]:
-        """The roles whose numbers follow load, as they were seen last."""
+    def bounds(self, role: Role, fewest: int) -> tuple[int, int] | None:
+        """Return between which numbers a role follows load; None where it does not."""
+        return self._scalers[role].bounds(fewest) if role in self._scalers else None
+
+    def pools(self, fewest: Mapping[Role, int]) -> tuple[PoolScale, ...]:
+        """Return the roles whose numbers follow load, as they were seen last."""
+        bounds = {
+            role: scaler.bounds(fewest.get(role, 1)) for role, scaler in self._scalers.items()
+        }
         return tuple(
             PoolScale(
                 role=role,
-                min=pool.min,
-                max=pool.max,
+                min=bounds[role][0],
+                max=bounds[role][1],
                 enough=self._appraisals[role].enough if role in self._appraisals else 0,
                 why=self._appraisals[role].why if role in self._appraisals else "",
             )
-            for role, pool in self._pools.items()
+            for role in self._scalers
         )
 
     def consider(

@@ -31,6 +31,11 @@ class PoolScaler:
         self._most_since = 0  # the most that would have been needed since fewer would do
         self._changed_s = 0.0
 
+    def bounds(self, fewest: int) -> tuple[int, int]:
+        """Return the bounds, of which the lower one is never below `fewest`."""
+        low = max(self._options.min, fewest)
+        return low, max(self._options.max, low)
+
     def decide(
         self, appraisal: Appraisal, *, wanted: int, serving: int, fewest: int, now_s: float
     ) -> Change | None:
@@ -43,8 +48,7 @@ class PoolScaler:
             fewest: The least number that could serve at all, whatever the load.
             now_s: The time.
         """
-        low = max(self._options.min, fewest)
-        high = max(self._options.max, low)
+        low, high = self.bounds(fewest)
         bounded = min(max(wanted, low), high)
         if bounded != wanted:
             return self._change(wanted, bounded, f"bounds are {low} and {high}", now_s)
