@@ -18,6 +18,7 @@ from rich.table import Table
 from cluster.cli.client import Server, channel_to
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from workers.errors import ExpertmeshError
 
 PERCENTILES = (50, 90, 99)
 _DEADLINE_S = 600.0
@@ -64,6 +65,8 @@ def bench_command(server: Server, options: LoadOptions, report_path: Path | None
         },
     }
     Console().print(_table(report))
+    if not report["completed"]:
+        raise ExpertmeshError(f"no request was completed; the first ended with {outcomes[0].error}")
     if report_path is not None:
         report_path.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
 
@@ -81,7 +84,7 @@ def summarize(outcomes: list[Outcome], wall_s: float) -> dict[str, Any]:
     return {
         "wall_s": wall_s,
         "completed": len(good),
-        "errors": dict(Counter(o.error for o in outcomes if o.error)),
+        "errors": dict(Counter(o.error.partition(":")[0] for o in outcomes if o.error)),
         "tokens_per_s": sum(o.tokens for o in good) / wall_s,
         "requests_per_s": len(good) / wall_s,
         "time_to_first_token_s": percentiles(first),
@@ -126,7 +129,7 @@ async def _measure(stub: Any, request: pb.GenerateRequest) -> Outcome:  # noqa: 
                 outcome.arrivals_s.append(time.perf_counter())
                 outcome.tokens += len(response.token_ids)
     except grpc.aio.AioRpcError as error:
-        outcome.error = error.code().name
+        outcome.error = f"{error.code().name}: {error.details()}"
     return outcome
 
 

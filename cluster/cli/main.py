@@ -229,7 +229,7 @@ def drain(
 def bench(
     *,
     server: Server,
-    requests: Annotated[int, typer.Option(help="How many in all.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 64,
     concurrency: Annotated[int, typer.Option(help="Closed loop: how many at once.")] = 8,
     rate_per_s: Annotated[
         float | None, typer.Option(help="Open loop: arrivals a second, whatever the answers do.")
