@@ -61,7 +61,12 @@ def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -
         refused = cluster.apply()
         assert refused.returncode == 1
         assert "model.dtype: auto -> bfloat16" in refused.stderr
-        cluster.configure({"model.dtype": "auto"})
+        cluster.configure({"model.dtype": "auto", "experts.slots": 1})
+        unfit = cluster.apply()
+        assert unfit.returncode == 1
+        assert "experts.slots: 1 slots on 2 workers cannot hold" in unfit.stderr
+        assert "Traceback" not in unfit.stderr
+        cluster.configure({"experts.slots": 0})
 
         chaos = ChaosOptions(counts={}, concurrency=4, seed=SEED, breaks_streams=True)
         report = run_rollouts(cluster, chaos, rounds=1)
