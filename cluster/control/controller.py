@@ -13,6 +13,15 @@ from typing import Any, assert_never
 import structlog
 
 from cluster.control.assignment import Assignment, assign, seats_of
+from cluster.control.health import (
+    is_alone,
+    is_suspect,
+    member_status,
+    pool_status,
+    stalled,
+    unready,
+)
+from cluster.control.heritage import usable
 from cluster.control.lifecycle import MAY_STAND_BY, PULSING, Life, Phase, adopted
 from cluster.control.node_demand import NodeDemand
 from cluster.control.options import ControllerOptions, Desired
@@ -35,7 +44,7 @@ from cluster.control.replicas import Fingerprints, ReplicaBook
 from cluster.control.rollout import next_to_leave, outdated
 from cluster.control.scaling.autoscaler import Autoscaler
 from cluster.control.staffing import check_count, fewest_workers, need_of, staff
-from cluster.control.status import ClusterStatus, MemberStatus, PoolStatus, StepWatch
+from cluster.control.status import ClusterStatus, PoolStatus, StepWatch
 from workers.clock import Clock
 from workers.dispatch.tally import LoadReport
 from workers.errors import NotFoundError, RefusedError
@@ -90,7 +99,7 @@ class Controller:
         self._failed_roles: dict[Role, str] = {}  # of which none has served since
         self._superseded = False
         self._rolling = False
-        record, self._refusal = self._usable(journal.latest(), model) if resume else (None, "")
+        record, self._refusal = usable(journal.latest(), desired, model) if resume else (None, "")
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
         self._rebalancer = Rebalancer(model, options.rebalance, clock.now_s())
@@ -184,7 +193,10 @@ class Controller:
         reasons = tuple(self._unready_reasons(now_s))
         return ClusterStatus(
             view=self._view,
-            members=tuple(self._member_status(life, now_s) for life in self._lives.values()),
+            members=tuple(
+                member_status(life, self._desired, self._options, now_s)
+                for life in self._lives.values()
+            ),
             ready=not reasons,
             reasons=reasons,
             failure=self._failure(),
@@ -300,28 +312,6 @@ class Controller:
                 f"{life.role.value} failed to start {failed} times: {reason}"
             )
 
-    def _usable(self, record: Record | None, model: Placement) -> tuple[Record | None, str]:
-        """Return what an earlier controller left, unless that was another cluster.
-
-        Then, when members of that one may still run, the reason why nothing may be done.
-        """
-        if record is None:
-            return None, ""
-        differing = [
-            f"{key} was {value}"
-            for key, value in record.fixed.items()
-            if self._desired.fixed.get(key, value) != value
-        ]
-        if not record.view.placement.is_like(model):
-            differing.append("the checkpoint was another one")
-        if not differing or not record.view.members:
-            return (None if differing else record), ""
-        return None, (
-            "the journal is that of a cluster which cannot take this on: "
-            f"{'; '.join(differing)}. Apply its own configuration again, then `expertmesh down`; "
-            "if nothing of it runs any more, empty control.journal or name another directory"
-        )
-
     def _resume(self, record: Record) -> None:
         """Take over what an earlier controller left; whoever was half started begins anew."""
         now_s = self._clock.now_s()
@@ -434,7 +424,7 @@ class Controller:
             self._complete_s = now_s
         elif not self._book.held():
             return  # the first share goes to all that are coming, not to whoever is first
-        doubtful = frozenset(w.member.id for w in crew if self._is_suspect(w, now_s))
+        doubtful = frozenset(w.member.id for w in crew if is_suspect(w, self._options, now_s))
         held_off = frozenset(w for w, until_s in self._hold_off_s.items() if until_s > now_s)
         rescue_only = not complete and now_s < self._complete_s + self._options.restore_s
         if complete and not doubtful and not held_off:
@@ -527,7 +517,7 @@ class Controller:
     def _watch(self) -> None:
         """Give up whoever is silent and not needed, and whoever never gets on."""
         now_s = self._clock.now_s()
-        alone = self._is_alone(now_s)
+        alone = is_alone(self._lives.values(), self._options, now_s)
         for life in list(self._lives.values()):
             silent_s = life.silent_s(now_s)
             if silent_s > self._options.lost_s and not alone and self._is_spare(life, now_s):
@@ -542,17 +532,9 @@ class Controller:
         sound = [
             w.member.id
             for w in self._workers()
-            if w.phase is Phase.SERVE and not self._is_suspect(w, now_s)
+            if w.phase is Phase.SERVE and not is_suspect(w, self._options, now_s)
         ]
         return self._book.covers(life.member.id, sound)
-
-    def _is_alone(self, now_s: float) -> bool:
-        """Whether so many are silent that it is likelier that this controller is cut off."""
-        silent = sum(self._is_suspect(life, now_s) for life in self._lives.values())
-        return silent > 1 and 2 * silent >= len(self._lives)
-
-    def _is_suspect(self, life: Life, now_s: float) -> bool:
-        return life.silent_s(now_s) > self._options.silence_s
 
     def _check_count(self, role: Role, count: int) -> None:
         model = self._book.model
@@ -651,27 +633,10 @@ class Controller:
             for pool in (self._pool(role) for role in self._wanted)
             if pool.serving < pool.wanted
         ]
-        for life in self._lives.values():
-            if life.phase is Phase.SERVE:
-                reasons += [
-                    f"{process} is not ready"
-                    for process in life.processes
-                    if process not in life.pulses or not life.pulses[process].ready
-                ]
-                if self._is_suspect(life, now_s):
-                    reasons.append(f"{life.member.id} is silent for {life.silent_s(now_s):.1f} s")
+        reasons += unready(self._lives.values(), self._options, now_s)
         if trouble := self._actuator.trouble():
             reasons.append(f"nodes: {trouble}")
-        if self._is_alone(now_s):
-            reasons.append("most members are silent: this controller may be cut off from them")
-        for member, watch in self._step_watches.items():
-            if stalled_s := watch.stalled_s(now_s):
-                reasons.append(f"{member}: no token has moved for {stalled_s:.0f} s")
-        reasons += [
-            f"{process} has not adopted the newest View for {now_s - since_s:.0f} s"
-            for process, since_s in self._behind_s.items()
-            if now_s - since_s > self._options.stall_s
-        ]
+        reasons += stalled(self._step_watches, self._behind_s, self._options, now_s)
         if self._assignment.num_missing and now_s - self._placed_s > self._options.lacking_s:
             reasons.append(f"experts lack copies for {now_s - self._placed_s:.0f} s")
         missing = len(self._view.uncovered()) if self._wanted[Role.EXPERT_WORKER] else 0
@@ -680,22 +645,4 @@ class Controller:
         return reasons
 
     def _pool(self, role: Role) -> PoolStatus:
-        lives = [w for w in self._lives.values() if w.role is role]
-        return PoolStatus(
-            role=role,
-            wanted=self._wanted[role],
-            serving=sum(w.phase is Phase.SERVE and not w.leaving for w in lives),
-            standby=sum(w.phase is Phase.STANDBY and not w.enlisted for w in lives),
-        )
-
-    def _member_status(self, life: Life, now_s: float) -> MemberStatus:
-        return MemberStatus(
-            member=life.member,
-            phase=life.phase.value,
-            pulses=tuple(life.pulses[p] for p in life.processes if p in life.pulses),
-            silent_s=life.silent_s(now_s),
-            shares=life.shares.latest,
-            suspect=self._is_suspect(life, now_s),
-            leaving=life.leaving,
-            outdated=life.member.settings != self._desired.settings.get(life.role, ""),
-        )
+        return pool_status(role, self._lives.values(), self._wanted[role])
