@@ -106,3 +106,32 @@ def test_a_drained_gateway_hands_its_sequences_over(cluster: Served) -> None:
     assert metric(cluster, other, "restores_total") - restores == 1
     assert metric(cluster, other, "recomputes_total") == recomputes
     assert metric(cluster, other, "replayed_tokens_total") - replayed <= 2 * INTERVAL
+
+
+def test_a_warm_gateway_goes_on_with_the_stream_of_the_only_one_that_served() -> None:
+    """It has its weights; without a second gateway the request starts over from the prompt."""
+    with served(
+        "--expert-workers", "0", "--set", "gateways.standby=1",
+        "--set", "dispatch.bit_stable=true",
+    ) as running:  # fmt: skip
+        expected: list[int] = []
+        read(stream(running, TOKENS, temperature=0), expected, TOKENS)
+        warm = _in_state(running, "WARM")
+        (victim,) = _in_state(running, "ACTIVE")
+        call, received = stream(running, TOKENS, temperature=0), []
+        read(call, received, 100)
+        os.kill(victim["pid"], signal.SIGKILL)
+        read(call, received, TOKENS)
+
+        assert received == expected
+        assert warm[0]["pid"] in {m["pid"] for m in _in_state(running, "ACTIVE")}
+
+
+def _in_state(cluster: Served, state: str) -> list[dict]:
+    """Return the gateways in a state, once there is one."""
+    for _ in range(120):
+        found = [m for m in cluster.members("GATEWAY") if m["state"] == f"MEMBER_STATE_{state}"]
+        if found:
+            return found
+        time.sleep(0.5)
+    raise AssertionError(cluster.status())

@@ -99,6 +99,7 @@ def test_helm_3_refuses_the_same_typos():
             merged(doors(), {"config": {"autoscaler": {"gateways": {"max": 9}}}}),
             "autoscaler.gateways.max comes to 9 ranks",
         ),
+        (merged(doors(), {"config": {"gateways": {"standby": 9}}}), "wants 10 ranks"),
         (
             merged(doors(), {"config": {"autoscaler": {"actuator": "kuberay"}}}),
             "leave it at ray",

@@ -102,7 +102,8 @@
 {{- end }}
 {{- end }}
 {{- $gateways := default (dict) .Values.config.gateways }}
-{{- $ranks := mul (int ($gateways.count | default 1)) (int ($gateways.tensor_parallel | default 1)) }}
+{{- $warm := int ($gateways.standby | default 0) }}
+{{- $ranks := mul (add (int ($gateways.count | default 1)) $warm) (int ($gateways.tensor_parallel | default 1)) }}
 {{- if gt $ranks (int $most.gateway) }}
 {{- fail (printf "config.gateways wants %d ranks, and gatewayPools have places for %d: raise maxReplicas or ranksPerPod" $ranks (int $most.gateway)) }}
 {{- end }}
@@ -122,7 +123,8 @@
 {{- if gt (int $scaled) (int $most.expert) }}
 {{- fail (printf "config.autoscaler.experts.max and standbys come to %d, and expertPools have places for %d: raise maxReplicas" (int $scaled) (int $most.expert)) }}
 {{- end }}
-{{- $scaled = mul (int (dig "gateways" "max" 0 $autoscaler)) (int ($gateways.tensor_parallel | default 1)) }}
+{{- $most_gateways := int (dig "gateways" "max" 0 $autoscaler) }}
+{{- $scaled = mul (add $most_gateways (ternary $warm 0 (gt $most_gateways 0))) (int ($gateways.tensor_parallel | default 1)) }}
 {{- if gt (int $scaled) (int $most.gateway) }}
 {{- fail (printf "config.autoscaler.gateways.max comes to %d ranks, and gatewayPools have places for %d: raise maxReplicas or ranksPerPod" (int $scaled) (int $most.gateway)) }}
 {{- end }}
