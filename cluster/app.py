@@ -13,7 +13,7 @@ import structlog
 from cluster.config import ClusterConfig, ProcessSection, ray_environment
 from cluster.control.controller import Blueprint, Controller
 from cluster.control.journal import DirectoryJournal
-from cluster.control.node_demand import NodeDemand
+from cluster.control.node_demand import NodeDemand, NoNodes
 from cluster.control.options import (
     ControllerOptions,
     Desired,
@@ -202,16 +202,17 @@ def check_startable(config: ClusterConfig, model: ModelFacts) -> None:
 
 
 def actuator_of(config: ClusterConfig) -> Actuator:
-    """Return what brings nodes and takes them away.
-
-    Raises ConfigError when it has no access to what it would write.
-    """
+    """Return what brings nodes and takes them away; its trouble is told in the status."""
     section = config.autoscaler.kuberay
     if config.autoscaler.actuator == "ray":
         return NodeDemand()
     module = importlib.import_module("cluster.kuberay")  # only who asks for it has its package
+    try:
+        client = module.in_cluster_client()
+    except ConfigError as error:
+        return NoNodes(str(error))
     actuator: Actuator = module.KubeRayPatch(
-        module.in_cluster_client(),
+        client,
         namespace=section.namespace,
         cluster=section.cluster,
         groups={

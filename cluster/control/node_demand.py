@@ -1,4 +1,4 @@
-"""Nodes that members' own processes bring."""
+"""Nodes that members' own processes bring, or that nobody does."""
 
 from collections.abc import Sequence
 
@@ -22,3 +22,14 @@ class NodeDemand:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class NoNodes(NodeDemand):
+    """An `Actuator` in place of one that could not be made: nothing moves, and it says why."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def trouble(self) -> str:
+        """Say why."""
+        return self._why

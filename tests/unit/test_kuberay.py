@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.app import actuator_of
+from cluster.config import validate
 from cluster.control.ports import NodeNeed
 from cluster.kuberay import KubeRayPatch, in_cluster_client
 from cluster.kuberay_plan import (
@@ -798,3 +800,10 @@ def test_outside_of_a_pod_there_is_no_client(monkeypatch) -> None:
 
     with pytest.raises(ConfigError, match="choose another actuator"):
         in_cluster_client()
+
+
+def test_without_access_to_the_api_the_controller_runs_on_and_says_why() -> None:
+    kuberay = {"actuator": "kuberay", "kuberay": {"cluster": "c"}}
+    actuator = actuator_of(validate({"autoscaler": kuberay}))
+    actuator.provide([])
+    assert "no access to the Kubernetes API" in actuator.trouble()
