@@ -226,12 +226,17 @@ def judge(options: argparse.Namespace, plan: Plan, scaled: Seen, static: Seen) -
     """Return the report; `passed` says whether all that is claimed was seen."""
     chaos = ChaosOptions(counts={}, seed=plan.seed)
     judged = {
-        name: report_of(Run(seen.answers, [], Counter()), chaos, demo_model_path())
-        for name, seen in (("scaled", scaled), ("static", static))
+        name: report_of(Run(seen.answers, [], Counter()), chaos, model_dir)
+        for name, seen, model_dir in (
+            ("scaled", scaled, demo_model_path()),
+            ("static", static, None),  # for its times only
+        )
     }
     peak = (plan.calm_s, plan.calm_s + plan.peak_s)
-    up = [c for c in scaled.changes if c["after"] > c["before"] and c["at_s"] >= plan.calm_s]
-    newcomers = sorted(at for at in scaled.first_row_s.values() if at > plan.calm_s)
+    up = [c for c in scaled.changes if c["after"] > c["before"] and peak[0] <= c["at_s"] < peak[1]]
+    newcomers = sorted(
+        at for at in scaled.first_row_s.values() if up and up[0]["at_s"] < at < peak[1]
+    )
     settled_s = newcomers[-1] if newcomers else peak[1]
     first_tokens = {
         name: {
@@ -329,12 +334,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.3)
     parser.add_argument("--calm-s", type=float, default=45)
     parser.add_argument("--peak-s", type=float, default=120)
-    parser.add_argument("--after-s", type=float, default=120)
+    parser.add_argument("--after-s", type=float, default=150)
     parser.add_argument("--fewest", type=int, default=2)
     parser.add_argument("--most", type=int, default=5)
     parser.add_argument("--target", type=float, default=0.16)
     parser.add_argument("--queue-s", type=float, default=0.5)
-    parser.add_argument("--down-s", type=float, default=15)
+    parser.add_argument("--down-s", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

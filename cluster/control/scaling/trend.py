@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 _LEVEL_HALF_LIFE = 0.25  # of how far ahead is looked: noise must not be drawn out so far
 _SLOPE_HALF_LIFE = 1.0
+_LEAST_AHEAD_S = 20.0  # below that, half-lives stay as they are: few requests come in a second
 _MOST_GROWTH = 2.0
 
 
@@ -37,9 +38,10 @@ class Trend:
         if self._level is None:
             self._level = rate
             return
-        keep = 0.5 ** (passed_s / (_LEVEL_HALF_LIFE * self._ahead_s))
+        horizon_s = max(self._ahead_s, _LEAST_AHEAD_S)
+        keep = 0.5 ** (passed_s / (_LEVEL_HALF_LIFE * horizon_s))
         level = keep * (self._level + self._slope * passed_s) + (1 - keep) * rate
-        keep = 0.5 ** (passed_s / (_SLOPE_HALF_LIFE * self._ahead_s))
+        keep = 0.5 ** (passed_s / (_SLOPE_HALF_LIFE * horizon_s))
         self._slope = keep * self._slope + (1 - keep) * (level - self._level) / passed_s
         self._level = max(level, 0.0)
 
