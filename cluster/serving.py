@@ -54,9 +54,11 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
 
     Raises:
         CheckpointError: The model is unsupported, or tensors are missing, misshapen or truncated.
-        ConfigError: The tensor-parallel size does not fit the model.
+        ConfigError: There is no such directory, or the tensor-parallel size does not fit the model.
     """
     directory = model_directory(config).resolve()
+    if not directory.is_dir():
+        raise ConfigError(f"model.path: there is no directory {directory}")
     model = ModelConfig.load(directory)
     model.check_tensor_parallel(config.gateways.tensor_parallel)
     with Checkpoint(directory) as checkpoint:

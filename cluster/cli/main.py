@@ -338,6 +338,9 @@ def check(
     check_command(_configuration(config, set_, {"model.path": model}), parity=parity)
 
 
+_HINTS = {grpc.StatusCode.UNAUTHENTICATED: " (--api-key-file names a file that holds one)"}
+
+
 def run() -> int:
     """Run the command line; returns the exit status. Expected errors are one line, not a trace."""
     try:
@@ -345,7 +348,8 @@ def run() -> int:
     except ExpertmeshError as error:
         return _complain(str(error), 1)
     except grpc.RpcError as error:
-        return _complain(f"{error.code().name}: {error.details()}", 1)
+        hint = _HINTS.get(error.code(), "")
+        return _complain(f"{error.code().name}: {error.details()}{hint}", 1)
     except typer.Exit as exit_:
         return exit_.exit_code
     except (typer.Abort, KeyboardInterrupt):
