@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.control.fence import Fence
@@ -24,7 +29,7 @@ from cluster.control.ports import (
     Returned,
     RuntimeEvent,
 )
-from cluster.runtime.names import METHODS_AT_ONCE, NAMESPACE, actor_name
+from cluster.runtime.names import METHODS_AT_ONCE, NAMESPACE, actor_name, gang_name
 from cluster.runtime.nodes import draining_nodes
 from workers.clock import Clock
 
@@ -113,7 +118,7 @@ class RayRuntime:
         except ValueError:
             self._events.put(Died(process, "the process is not there any more"))
             return
-        self._processes[process] = _Process(actor)
+        self._processes[process] = _Process(actor, gang=str(process.member))
         self._hold(process)
 
     def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:
@@ -200,8 +205,13 @@ class RayRuntime:
             known = self._processes.pop(process, None)
             if known is None or not known.gang:
                 return
-            if not any(other.gang == known.gang for other in self._processes.values()):
-                remove_placement_group(self._gangs.pop(known.gang))
+            if any(other.gang == known.gang for other in self._processes.values()):
+                return
+            group = self._gangs.pop(known.gang, None)
+        if group is not None:
+            remove_placement_group(group)
+        else:  # an earlier controller made it, if there is one; to find it takes a call
+            threading.Thread(target=_disband, args=(known.gang,), daemon=True).start()
 
     def _gang(self, name: str, size: int, spec: ProcessSpec) -> PlacementGroup:
         """Return the placement group of a gang: one bundle a process, packed on few nodes."""
@@ -209,8 +219,17 @@ class RayRuntime:
             bundle = {"CPU": max(spec.num_cpus, _GANG_CPU), **spec.resources}
             if spec.num_gpus:
                 bundle["GPU"] = spec.num_gpus
-            self._gangs[name] = placement_group([bundle] * size, strategy="PACK")
+            # Detached: Ray ends the processes in a group together with whoever made it, else.
+            self._gangs[name] = placement_group(
+                [bundle] * size, strategy="PACK", name=gang_name(name), lifetime="detached"
+            )
         return self._gangs[name]
+
+
+def _disband(gang: str) -> None:
+    """Give back what the processes of a gang had asked for together; most have none."""
+    with contextlib.suppress(ValueError, ray.exceptions.RaySystemError, ray.exceptions.RpcError):
+        remove_placement_group(get_placement_group(gang_name(gang)))
 
 
 def _event_of(process: ProcessId, method: str, error: BaseException) -> RuntimeEvent:

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.runtime.names import CONTROLLER_NAME, METHODS_AT_ONCE, NAMESPACE, PREFIX
@@ -108,4 +113,8 @@ def end_processes() -> int:
     for name in sorted(names, key=lambda name: name != CONTROLLER_NAME):
         with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
             ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    for entry in placement_group_table().values():
+        if entry["name"].startswith(PREFIX) and entry["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):
+                remove_placement_group(get_placement_group(entry["name"]))
     return len(names)

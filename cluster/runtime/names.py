@@ -11,3 +11,8 @@ METHODS_AT_ONCE = 8  # a long call, such as loading, must not hold up a pulse
 def actor_name(process: ProcessId) -> str:
     """Return the name of a process's actor."""
     return f"{PREFIX}{process}"
+
+
+def gang_name(gang: str) -> str:
+    """Return the name of the placement group of a gang."""
+    return f"{PREFIX}{gang}"

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import grpc
 import pytest
 
 from cluster.pb.expertmesh.v1 import cluster_pb2
@@ -125,6 +126,33 @@ def test_a_warm_gateway_goes_on_with_the_stream_of_the_only_one_that_served() ->
 
         assert received == expected
         assert warm[0]["pid"] in {m["pid"] for m in _in_state(running, "ACTIVE")}
+
+
+def test_a_gateway_of_two_ranks_outlives_the_controller_that_started_it() -> None:
+    with served("--tensor-parallel", "2", "--expert-workers", "0") as running:
+        (gateway,), first = running.members("GATEWAY"), _controller(running)
+        call, received = stream(running, TOKENS, temperature=0), []
+        read(call, received, 20)
+        os.kill(first.pid, signal.SIGKILL)
+        read(call, received, TOKENS)
+        second = first
+        for _ in range(120):
+            second = _controller(running) or first
+            if second.pid != first.pid:
+                break
+            time.sleep(0.5)
+        assert second.incarnation > first.incarnation
+        assert [m["pids"] for m in running.members("GATEWAY")] == [gateway["pids"]]
+
+
+def _controller(cluster: Served) -> cluster_pb2.Member | None:
+    """Return the controller as it tells of itself; None while it is away."""
+    try:
+        request = cluster_pb2.GetStatusRequest()
+        view = ClusterServiceStub(cluster.channel).GetStatus(request, timeout=5).status.view
+    except grpc.RpcError:
+        return None
+    return next(m for m in view.members if m.role == cluster_pb2.ROLE_CONTROLLER)
 
 
 def _in_state(cluster: Served, state: str) -> list[dict]:
