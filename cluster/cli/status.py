@@ -1,6 +1,5 @@
 """`expertmesh status`: the View of a cluster, as a table or as JSON, once or live."""
 
-import contextlib
 import sys
 import time
 
@@ -27,17 +26,18 @@ _NUM_CHANGES = 3
 def status_command(server: Server, *, as_json: bool) -> None:
     """Print the members of the cluster behind a front door, and how their numbers follow load.
 
-    The members are known at the front door; the rest, which only the controller knows, is left out
-    while it is away.
+    The members are known at the front door; the rest only to the controller, which may be away.
     """
-    status = pb.ClusterStatus()
+    status, away = pb.ClusterStatus(), ""
     with channel_to(server) as channel:
         stub = ClusterServiceStub(channel)
         view = stub.GetView(pb.GetViewRequest(), timeout=_DEADLINE_S).view
         if not as_json:
-            with contextlib.suppress(grpc.RpcError):
-                request = pb.GetStatusRequest()
+            request = pb.GetStatusRequest()
+            try:
                 status = stub.GetStatus(request, timeout=_CONTROLLER_DEADLINE_S).status
+            except grpc.RpcError as error:
+                away = f"the controller does not answer: {error.details()}"
     if as_json:
         tree = MessageToDict(
             view, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -46,7 +46,7 @@ def status_command(server: Server, *, as_json: bool) -> None:
     else:
         console = Console()
         console.print(_table(view))
-        for line in _scales(status):
+        for line in filter(None, [*_scales(status), away]):
             console.print(line, markup=False, highlight=False)
 
 

@@ -228,8 +228,12 @@ class RayRuntime:
 
 def _disband(gang: str) -> None:
     """Give back what the processes of a gang had asked for together; most have none."""
-    with contextlib.suppress(ValueError, ray.exceptions.RaySystemError, ray.exceptions.RpcError):
+    try:
         remove_placement_group(get_placement_group(gang_name(gang)))
+    except ValueError:
+        pass  # it had none
+    except (ray.exceptions.RaySystemError, ray.exceptions.RpcError) as error:
+        log.warning("%s may hold on to what it asked for: %s", gang, error)
 
 
 def _event_of(process: ProcessId, method: str, error: BaseException) -> RuntimeEvent:
