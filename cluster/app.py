@@ -75,14 +75,13 @@ def desired_of(
         num_slots: Slots of the workers that run already; further ones have no fewer.
     """
     workers, floor = config.experts.workers, floor_of(config, model)
-    fewest = min(config.experts.min or workers, workers)
+    cells = config.control.cells
+    fewest = min(config.experts.min or workers, workers) // cells
     needed = slots_needed(model.num_layers, model.num_experts, fewest, floor) if workers else 0
-    if (
-        config.experts.slots
-        and config.experts.slots * workers < model.num_layers * model.num_experts
-    ):
+    slots, a_cell = config.experts.slots, workers // cells
+    if slots and workers and slots * a_cell < model.num_layers * model.num_experts:
         raise ConfigError(
-            f"experts.slots: {config.experts.slots} slots on {workers} workers cannot hold the "
+            f"experts.slots: {slots} slots on {a_cell} workers cannot hold the "
             f"{model.num_layers * model.num_experts} experts of {model.name}; "
             f"at least {needed} are needed, or 0 for an even share"
         )
@@ -92,13 +91,15 @@ def desired_of(
             Role.GATEWAY: config.gateways.count,
             Role.FRONT_DOOR: config.front_doors.count,
         },
-        num_slots=config.experts.slots or max(needed, num_slots if workers else 0),
+        num_slots=slots or max(needed, num_slots if workers else 0),
         floor=floor,
         standby={
             Role.EXPERT_WORKER: config.experts.standby if workers else 0,
             Role.GATEWAY: config.gateways.standby,
         },
+        cells=cells,
         max_workers=config.experts.max,
+        max_gateways=max(config.experts.max // config.gateways.tensor_parallel, 1),
         settings=digests(config, build),
         fixed=fixed_values(config),
     )

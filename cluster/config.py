@@ -114,7 +114,7 @@ class ExpertSection(ProcessSection):
     standby: Count = 0
     """Warm workers more, without experts, that take the place of lost ones."""
     max: PositiveCount = 128
-    """Most workers, which is as many links as a gateway rank may have."""
+    """Most workers of a cell: as many links as a process may have, at either end."""
 
 
 class TlsSection(_Section):
@@ -197,6 +197,9 @@ class ControlSection(_Section):
 
     journal: str = ""
     """Directory on durable storage; when empty, a temporary one that no later cluster reads."""
+    cells: PositiveCount = 1
+    """Cells: gateways are shared out among them, and so are expert workers, which hold every expert
+    in each; gateways call the workers of their cell, and others for what these have lost."""
     pulse_s: Seconds = 0.5
     silence_s: Seconds = 3.0
     """Silence after which what a worker alone holds is loaded elsewhere."""
@@ -319,16 +322,25 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:
-        most = self.experts.max
-        for key, count in (
-            ("experts.workers", self.experts.workers),
-            ("autoscaler.experts.max", self.autoscaler.experts.max),
+        cells, links = self.control.cells, self.experts.max
+        gateway_links = max(links // self.gateways.tensor_parallel, 1)
+        for key, count, most in (
+            ("experts.workers", self.experts.workers, cells * links),
+            ("autoscaler.experts.max", self.autoscaler.experts.max, cells * links),
+            ("gateways.count", self.gateways.count, cells * gateway_links),
+            ("autoscaler.gateways.max", self.autoscaler.gateways.max, cells * gateway_links),
         ):
-            if count > most:
+            if count > most and self.experts.workers:
                 raise ValueError(
-                    f"{key}: {count} is above experts.max, {most}, the links that a gateway's rank "
-                    "may have"
+                    f"{key}: {count} is above {most}, for which the links of a process suffice "
+                    f"(experts.max {links}, control.cells {cells}); more cells allow more"
                 )
+        for key, count in (
+            ("experts.workers", self.experts.workers or cells),
+            ("gateways.count", self.gateways.count),
+        ):
+            if count < cells:
+                raise ValueError(f"{key}: {count} is too few for {cells} cells (control.cells)")
         return self
 
     @model_validator(mode="after")

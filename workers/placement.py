@@ -5,9 +5,11 @@ Views are ordered by (term, version).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+
+NO_CELL = -1  # of a member that stands by: any cell may call it up
 
 
 class Role(Enum):
@@ -47,7 +49,7 @@ class Member:
     `endpoint` is where its gRPC server listens (front doors, gateways). `stores` holds, for a
     gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened; `pids`
     one process per rank. `metrics` is the HOST:PORT of its Prometheus page. `settings` names what
-    it was started with.
+    it was started with. A gateway calls the expert workers of its `cell`.
     """
 
     id: MemberId
@@ -61,6 +63,7 @@ class Member:
     stores: tuple[str, ...] = ()
     num_slots: int = 0
     settings: str = ""
+    cell: int = 0
 
     @property
     def serves(self) -> bool:
@@ -158,3 +161,51 @@ class View:
     def uncovered(self) -> list[ExpertId]:
         """Return the experts that no serving worker holds: their rows would be parked."""
         return self.placement.uncovered(m.id for m in self.serving_workers())
+
+    def cell_of(self, member: MemberId) -> int | None:
+        """Return the cell of a member; None for one that is not in the View."""
+        return next((m.cell for m in self.members if m.id == member), None)
+
+    def within(self, cell: int | None) -> "View":
+        """Return the View as the gateways of one cell use it; None stands for all cells.
+
+        Of expert workers there are those of the cell and those that stand by. What none of them
+        serves is borrowed from the next cell that does, and nothing else of that cell is there.
+        """
+        if cell is None:
+            return self
+        workers = self.with_role(Role.EXPERT_WORKER)
+        near = {m.id for m in workers if m.cell in {cell, NO_CELL}}
+        if len(near) == len(workers):
+            return self
+        lacking = frozenset(
+            self.placement.uncovered(m.id for m in workers if m.serves and m.id in near)
+        )
+        replicas = {
+            expert: tuple(r for r in found if r.worker in near)
+            for expert, found in self.placement.replicas.items()
+        }
+        lenders = {m.id: m.cell for m in workers if m.serves and m.id not in near}
+        num_cells = 1 + max(m.cell for m in workers)
+        for expert in lacking:
+            far = [r for r in self.placement.replicas.get(expert, ()) if r.worker in lenders]
+            distances = [(lenders[r.worker] - cell) % num_cells for r in far]
+            nearest = [r for r, d in zip(far, distances, strict=True) if d == min(distances)]
+            replicas[expert] = (*replicas.get(expert, ()), *nearest)
+        used = near | {r.worker for expert in lacking for r in replicas[expert]}
+        return replace(
+            self,
+            members=tuple(
+                m for m in self.members if m.role is not Role.EXPERT_WORKER or m.id in used
+            ),
+            placement=replace(self.placement, replicas=replicas),
+        )
+
+    def callers_of(self, worker: MemberId) -> tuple[Member, ...]:
+        """Return the gateways that may call an expert worker: its cell's, and who borrows it."""
+        gateways = self.with_role(Role.GATEWAY)
+        cells, cell = {m.cell for m in gateways}, self.cell_of(worker)
+        if cell is None or cell == NO_CELL or cells == {cell}:
+            return gateways
+        calling = {cell for cell in cells if any(m.id == worker for m in self.within(cell).members)}
+        return tuple(m for m in gateways if m.cell in calling)

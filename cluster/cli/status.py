@@ -58,12 +58,15 @@ def _table(view: pb.View) -> Table:
         title_justify="left",
         box=SIMPLE,
     )
-    for column in ("id", "state", "pid", "node", "slots", "endpoint"):
+    has_cells = any(member.cell for member in view.members)
+    cell = ["cell"] if has_cells else []
+    for column in ("id", *cell, "state", "pid", "node", "slots", "endpoint"):
         table.add_column(column, no_wrap=column in {"id", "endpoint"})
     for member in view.members:
         slots = f"{member.slots_used}/{member.num_slots}" if member.num_slots else ""
         table.add_row(
             f"{member.name}.{member.incarnation}",
+            *([_cell_of(member)] if has_cells else []),
             pb.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower(),
             str(member.pid or ""),
             member.node[:8],
@@ -71,6 +74,12 @@ def _table(view: pb.View) -> Table:
             member.endpoint,
         )
     return table
+
+
+def _cell_of(member: pb.Member) -> str:
+    if member.role == pb.ROLE_FRONT_DOOR:
+        return ""
+    return str(member.cell) if member.cell >= 0 else "any"
 
 
 def watch_command(server: Server, *, num_rounds: int | None = None) -> None:

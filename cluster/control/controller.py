@@ -6,13 +6,13 @@ never blocks, so that tests and the simulator call it directly. Who comes and go
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, assert_never
 
 import structlog
 
-from cluster.control.assignment import Assignment, assign, seats_of
+from cluster.control.distributor import Distributor
 from cluster.control.health import (
     is_alone,
     is_suspect,
@@ -25,7 +25,6 @@ from cluster.control.heritage import usable
 from cluster.control.lifecycle import MAY_STAND_BY, PULSING, Life, Phase, adopted
 from cluster.control.node_demand import NodeDemand
 from cluster.control.options import ControllerOptions, Desired
-from cluster.control.placing.rebalance import Rebalancer
 from cluster.control.ports import (
     Actuator,
     Died,
@@ -48,7 +47,7 @@ from cluster.control.status import ClusterStatus, PoolStatus, StepWatch
 from workers.clock import Clock
 from workers.dispatch.tally import LoadReport
 from workers.errors import NotFoundError, RefusedError
-from workers.placement import Member, MemberId, MemberState, Placement, Role, View
+from workers.placement import NO_CELL, Member, MemberId, MemberState, Placement, Role, View
 from workers.types import GatewayStats
 
 Blueprint = Callable[[MemberId], tuple[ProcessSpec, ...]]
@@ -90,10 +89,7 @@ class Controller:
         self._failed_starts: Counter[Role] = Counter()
         self._not_before_s: dict[Role, float] = {}
         self._step_watches: dict[MemberId, StepWatch] = {}
-        self._pulsed_s = self._complete_s = self._placed_s = clock.now_s()
-        self._assigned: tuple[object, ...] = ()
-        self._assignment = Assignment()
-        self._hold_off_s: dict[MemberId, float] = {}
+        self._pulsed_s = clock.now_s()
         self._behind_s: dict[ProcessId, float] = {}  # since when a process holds an old View
         self._stopping = False
         self._failed_roles: dict[Role, str] = {}  # of which none has served since
@@ -102,7 +98,7 @@ class Controller:
         record, self._refusal = usable(journal.latest(), desired, model) if resume else (None, "")
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
-        self._rebalancer = Rebalancer(model, options.rebalance, clock.now_s())
+        self._distributor = Distributor(self._book, model, desired, options, clock.now_s())
         self._actuator: Actuator = actuator or NodeDemand()
         self._autoscaler = Autoscaler(options.scaling)
         self._view = View(journal.claim_term(), 0, (), self._book.placement())
@@ -189,7 +185,7 @@ class Controller:
 
     def status(self) -> ClusterStatus:
         """Return the cluster as the controller knows it."""
-        now_s, last = self._clock.now_s(), self._rebalancer.last
+        now_s, last = self._clock.now_s(), self._distributor.last_rebalance
         reasons = tuple(self._unready_reasons(now_s))
         return ClusterStatus(
             view=self._view,
@@ -201,9 +197,9 @@ class Controller:
             reasons=reasons,
             failure=self._failure(),
             pools=tuple(self._pool(role) for role in self._wanted),
-            rebalancing_s=now_s - self._placed_s if self._assignment.num_missing else 0.0,
+            rebalancing_s=self._distributor.lacking_s(now_s),
             replicas_loading=self._book.num_loading,
-            replicas_moving=self._assignment.num_moves,
+            replicas_moving=self._distributor.num_moves,
             last_rebalance=last,
             last_rebalance_age_s=now_s - last.at_s if last else 0.0,
             allows_chaos=self._options.allow_chaos,
@@ -254,7 +250,7 @@ class Controller:
         life.heard_s[process] = self._clock.now_s()
         life.pulses[process] = replace(pulse, load=None)
         if isinstance(pulse.load, LoadReport):
-            self._rebalancer.hear(pulse.load, self._clock.now_s())
+            self._distributor.hear(life.member.cell, pulse.load, self._clock.now_s())
         if isinstance(pulse.stats, GatewayStats):
             watch = self._step_watches.setdefault(life.member.id, StepWatch(self._options.stall_s))
             watch.note(pulse.stats, self._clock.now_s())
@@ -277,7 +273,7 @@ class Controller:
         _log.warning("call failed", process=str(process), method=method, error=error)
         if method == Phase.LOAD.value:
             self._book.finish(life.member.id, done=False)
-            self._hold_off_s[life.member.id] = self._clock.now_s() + self._options.restore_s
+            self._distributor.hold_off(life.member.id, self._clock.now_s())
 
     def _rise_above(self, term: int) -> None:
         """Members have heard of a higher term that the journal does not know: it was lost."""
@@ -297,7 +293,7 @@ class Controller:
         del self._lives[life.member.id]
         self._book.forget(life.member.id)
         self._step_watches.pop(life.member.id, None)
-        self._hold_off_s.pop(life.member.id, None)
+        self._distributor.forget(life.member.id)
         for process in life.processes:
             self._behind_s.pop(process, None)
         if expected:
@@ -329,6 +325,8 @@ class Controller:
                 self._book.forget(member.id)
                 continue
             life.leaving = member.id in record.leaving
+            if not life.enlisted:
+                life.member = replace(life.member, cell=self._first_cell(life.role))
             self._lives[member.id] = life
         _log.info("took over", members=len(self._lives), term=self._view.term)
 
@@ -380,9 +378,10 @@ class Controller:
 
     def _staff(self) -> None:
         for role, wanted in self._wanted.items():
-            orders = staff(role, self._lives.values(), wanted, self._desired.standby.get(role, 0))
-            for member in orders.enlist:
-                self._lives[member].enlisted = True
+            standby, cells = self._desired.standby.get(role, 0), self._cells_of(role)
+            orders = staff(role, self._lives.values(), wanted, standby, cells)
+            for member, cell in orders.enlist:
+                self._lives[member].enlist(cell)
             for member in orders.dismiss:
                 self._dismiss(self._lives[member], "one less is wanted")
             if self._clock.now_s() >= self._not_before_s.get(role, 0.0):
@@ -399,6 +398,7 @@ class Controller:
             state=MemberState.JOINING,
             num_slots=self._desired.num_slots if role is Role.EXPERT_WORKER else 0,
             settings=self._desired.settings.get(role, ""),
+            cell=self._first_cell(role),
         )
         specs = self._blueprints[role](member.id)
         life = Life(member, tuple(spec.id for spec in specs))
@@ -414,63 +414,18 @@ class Controller:
         _log.info("member leaves", member=str(life.member.id), why=reason)
 
     def _assign(self) -> None:
-        """Begin the loads that the crew needs now; planned anew only when something changed."""
-        crew = [w for w in self._workers() if w.enlisted and not w.leaving]
-        now_s = self._clock.now_s()
-        if not self._wanted[Role.EXPERT_WORKER]:
+        """Begin the loads that are due."""
+        wanted = self._wanted[Role.EXPERT_WORKER]
+        if not wanted:
             return
-        complete = len(crew) >= self._wanted[Role.EXPERT_WORKER] and all(w.is_settled for w in crew)
-        if complete:
-            self._complete_s = now_s
-        elif not self._book.held():
-            return  # the first share goes to all that are coming, not to whoever is first
-        doubtful = frozenset(w.member.id for w in crew if is_suspect(w, self._options, now_s))
-        held_off = frozenset(w for w, until_s in self._hold_off_s.items() if until_s > now_s)
-        rescue_only = not complete and now_s < self._complete_s + self._options.restore_s
-        if complete and not doubtful and not held_off:
-            self._rebalance(crew, now_s)
-        state = (
-            self._book.version,
-            tuple((w.member.id, w.phase) for w in crew),
-            doubtful,
-            held_off,
-            rescue_only,
-            self._rebalancer.last,
-        )
-        if state == self._assigned:
-            return
-        crew = [w for w in crew if w.member.id not in held_off]
-        self._assignment = assign(
-            self._book,
-            crew,
-            floor=self._desired.floor,
-            doubtful=doubtful,
-            rescue_only=rescue_only,
-            wanted=self._rebalancer.wanted,
-        )
-        for member, loads in self._assignment.batches.items():
+        due = self._distributor.due(self._workers(), wanted, self._clock.now_s())
+        for member, loads in due.items():
             batch = self._book.begin(member, loads)
             life = self._lives[member]
             if life.phase is Phase.STANDBY:
                 self._enter(life, Phase.LOAD, batch)
             else:
                 self._call(life.processes[0], Phase.LOAD.value, batch)
-        if not self._assignment.num_missing:
-            self._placed_s = now_s
-        self._assigned = state
-
-    def _rebalance(self, crew: Collection[Life], now_s: float) -> None:
-        """Have replicas lie elsewhere if the load says that it pays."""
-        leaving = any(w.leaving for w in self._workers())
-        calm = not (leaving or self._book.loading or self._assignment.num_missing)
-        seats = seats_of(crew)
-        if not self._rebalancer.is_due(seats, calm=calm, now_s=now_s):
-            return
-        taken = self._rebalancer.consider(
-            seats, self._book.held(), floor=self._desired.floor, now_s=now_s
-        )
-        if taken is not None:
-            _log.info("rebalance", moves=taken.num_moves, gain=round(taken.gain, 3))
 
     def _advance(self) -> None:
         for life in list(self._lives.values()):
@@ -496,8 +451,12 @@ class Controller:
         replaced = self._pool(life.role).serving >= self._wanted[life.role]
         if life.role is not Role.EXPERT_WORKER or (life.relieved and not replaced):
             return replaced
-        staying = [w.member.id for w in self._workers() if w.phase is Phase.SERVE and not w.leaving]
-        moved = not self._assignment.num_missing and not self._book.loading
+        staying = [
+            w.member.id
+            for w in self._workers()
+            if w.phase is Phase.SERVE and not w.leaving and w.member.cell == life.member.cell
+        ]
+        moved = not self._distributor.num_missing and not self._book.loading
         return moved and self._book.covers(life.member.id, staying)
 
     def _enter(self, life: Life, phase: Phase, *arguments: object) -> None:
@@ -560,7 +519,10 @@ class Controller:
         """Return how many of a role must be there whatever the load."""
         model = self._book.model
         num_experts = model.num_layers * model.num_experts
-        return {Role.EXPERT_WORKER: fewest_workers(self._desired, num_experts)}
+        return {
+            Role.EXPERT_WORKER: fewest_workers(self._desired, num_experts),
+            Role.GATEWAY: self._desired.cells,
+        }
 
     # What everybody is told
 
@@ -613,7 +575,7 @@ class Controller:
 
     # How it stands
 
-    def _workers(self) -> Iterable[Life]:
+    def _workers(self) -> Collection[Life]:
         return [w for w in self._lives.values() if w.role is Role.EXPERT_WORKER]
 
     def _failure(self) -> str:
@@ -623,10 +585,10 @@ class Controller:
         if self._refusal:
             return self._refusal
         failed = next(iter(self._failed_roles.values()), "")
-        return failed or ("" if self._book.held() else self._assignment.shortage)
+        return failed or ("" if self._book.held() else self._distributor.shortage)
 
     def _unready_reasons(self, now_s: float) -> list[str]:
-        problems = (self._failure(), self._assignment.shortage)
+        problems = (self._failure(), self._distributor.shortage)
         reasons = [problem for problem in dict.fromkeys(problems) if problem]
         reasons += [
             f"{pool.role.value}: {pool.serving} of {pool.wanted} serve"
@@ -637,12 +599,21 @@ class Controller:
         if trouble := self._actuator.trouble():
             reasons.append(f"nodes: {trouble}")
         reasons += stalled(self._step_watches, self._behind_s, self._options, now_s)
-        if self._assignment.num_missing and now_s - self._placed_s > self._options.lacking_s:
-            reasons.append(f"experts lack copies for {now_s - self._placed_s:.0f} s")
+        lacking_s = self._distributor.lacking_s(now_s)
+        if lacking_s > self._options.lacking_s:
+            reasons.append(f"experts lack copies for {lacking_s:.0f} s")
         missing = len(self._view.uncovered()) if self._wanted[Role.EXPERT_WORKER] else 0
         if missing:
             reasons.append(f"{missing} experts have no serving replica")
         return reasons
+
+    def _cells_of(self, role: Role) -> int:
+        """Return among how many cells the members of a role are shared out."""
+        return 1 if role is Role.FRONT_DOOR else self._desired.cells
+
+    def _first_cell(self, role: Role) -> int:
+        """Return the cell of a member that has not been called up."""
+        return 0 if self._cells_of(role) == 1 else NO_CELL
 
     def _pool(self, role: Role) -> PoolStatus:
         return pool_status(role, self._lives.values(), self._wanted[role])

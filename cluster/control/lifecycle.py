@@ -118,6 +118,11 @@ class Life:
         phases = PHASES[self.role]
         return phases[phases.index(self.phase) + 1]
 
+    def enlist(self, cell: int) -> None:
+        """Have it serve in a cell as soon as it can."""
+        self.enlisted = True
+        self.member = replace(self.member, cell=cell)
+
     def enter(self, phase: Phase, now_s: float) -> None:
         """Begin a phase: every process is awaited, except in those that have no call."""
         self.phase = phase

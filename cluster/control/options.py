@@ -10,17 +10,21 @@ from workers.placement import Role
 class Desired:
     """How many members of each role are wanted, and how experts are spread over them.
 
+    Gateways and expert workers are shared out among `cells`; in each, workers have `floor` copies
+    of every expert, and there are at most `max_workers` and `max_gateways`.
     `standby` members more of a role are kept warm: workers without experts, gateways with their
-    weights. `settings` names, for each role, what its
-    processes are started with now; members with other settings are replaced in a rollout. `fixed`
-    are values that all members must have had from the beginning.
+    weights. `settings` names, for each role, what its processes are started with now; members with
+    other settings are replaced in a rollout. `fixed` are values that all members must have had from
+    the beginning.
     """
 
     members: Mapping[Role, int]
     num_slots: int = 0
     floor: int = 1
     standby: Mapping[Role, int] = field(default_factory=dict)
+    cells: int = 1
     max_workers: int = 128
+    max_gateways: int = 128
     settings: Mapping[Role, str] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
 

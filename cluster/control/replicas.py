@@ -62,6 +62,10 @@ class ReplicaBook:
         """Return the slot of every expert that a worker has loaded."""
         return self._loaded.get(worker, {})
 
+    def has_any(self, worker: MemberId) -> bool:
+        """Whether a worker has loaded an expert, or is about to."""
+        return bool(self._loaded.get(worker) or self._loading.get(worker))
+
     def held(self) -> dict[MemberId, dict[ExpertId, int]]:
         """Return what every worker has loaded or will have when its batch has ended."""
         workers = self._loaded.keys() | self._loading.keys()

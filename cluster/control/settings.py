@@ -28,8 +28,15 @@ _OF_CONTROLLER = (
     "gateways.standby",
     "experts.max",
 )
-# Both ends of a link, or an answer from its first to its last token, must agree on these.
-_FIXED = ("model.path", "model.dtype", "dispatch.capacity_rows", "dispatch.bit_stable")
+# Both ends of a link, or an answer from its first to its last token, must agree on these; and
+# workers' slots are counted for their cells.
+_FIXED = (
+    "model.path",
+    "model.dtype",
+    "dispatch.capacity_rows",
+    "dispatch.bit_stable",
+    "control.cells",
+)
 _SECTIONS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.GATEWAY: ("gateways.", "dispatch.", "model.", "telemetry."),

@@ -14,33 +14,44 @@ from workers.placement import MemberId, Role
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """Names of members to start, standbys that are to serve, and members to let go."""
+    """Names of members to start, standbys that are to serve in a cell, and members to let go."""
 
     start: tuple[str, ...] = ()
-    enlist: tuple[MemberId, ...] = ()
+    enlist: tuple[tuple[MemberId, int], ...] = ()
     dismiss: tuple[MemberId, ...] = ()
 
 
-def staff(role: Role, lives: Collection[Life], wanted: int, standby: int = 0) -> Orders:
-    """Compare the members of a role with how many are wanted, and `standby` more.
+def shares_of(count: int, cells: int) -> list[int]:
+    """Return how many of so many members each cell has: as many, or one more in the first ones."""
+    return [count // cells + (cell < count % cells) for cell in range(cells)]
+
+
+def staff(
+    role: Role, lives: Collection[Life], wanted: int, standby: int = 0, cells: int = 1
+) -> Orders:
+    """Compare the members of a role with how many are wanted in each cell, and `standby` more.
 
     Members that are leaving do not count, but keep their names. Those beyond the number leave in
-    reverse order: standbys first, then the latest names.
+    reverse order: standbys first, then the latest names of a cell. Standbys are of no cell.
     """
     mine = [life for life in lives if life.role is role]
     staying = sorted((w for w in mine if not w.leaving), key=_seniority)
     taken = {life.member.id.name for life in mine}
-    missing = max(wanted + standby - len(staying), 0)
+    waiting = [w for w in staying if not w.enlisted]
+    vacancies: list[tuple[int, int]] = []  # how many the cell has by then, and the cell
+    surplus: list[Life] = []
+    for cell, share in enumerate(shares_of(wanted, cells)):
+        here = [w for w in staying if w.enlisted and w.member.cell == cell]
+        vacancies += [(count, cell) for count in range(len(here), share)]
+        surplus += here[share:]
+    missing = max(len(vacancies) + standby - len(waiting), 0)
     names = (f"{role.value}-{i}" for i in range(len(taken) + missing))
     free = (name for name in names if name not in taken)
-    enlisted = [w for w in staying if w.enlisted]
-    waiting = [w for w in staying if not w.enlisted]
-    vacancies = max(wanted - len(enlisted), 0)
-    surplus = enlisted[wanted:] or waiting[vacancies + standby :]
+    called = zip(waiting, sorted(vacancies), strict=False)
     return Orders(
         start=tuple(islice(free, missing)),
-        enlist=tuple(w.member.id for w in waiting[:vacancies]),
-        dismiss=tuple(w.member.id for w in surplus),
+        enlist=tuple((w.member.id, cell) for w, (_, cell) in called),
+        dismiss=tuple(w.member.id for w in surplus or waiting[len(vacancies) + standby :]),
     )
 
 
@@ -55,25 +66,34 @@ def check_count(
         raise RefusedError(
             "experts run in the gateways' processes here: start with experts.workers above 0"
         )
-    if count < 1:
-        raise RefusedError(f"{count} of role {role.value}: at least 1 must stay")
-    if is_experts and count * desired.num_slots < num_experts:
+    cells = desired.cells if role is not Role.FRONT_DOOR else 1
+    each = "" if cells == 1 else f" in each of {cells} cells"
+    fewest, most = shares_of(count, cells)[-1], shares_of(count, cells)[0]
+    if fewest < 1:
+        raise RefusedError(f"{count} of role {role.value}: at least 1 must stay{each}")
+    if is_experts and fewest * desired.num_slots < num_experts:
         raise RefusedError(
-            f"{count} expert workers of {desired.num_slots} slots cannot hold the {num_experts} "
-            "experts: coverage would break; start with experts.min set for so few"
+            f"{fewest} expert workers of {desired.num_slots} slots{each} cannot hold the "
+            f"{num_experts} experts: coverage would break; start with experts.min set for so few"
         )
-    if is_experts and count > desired.max_workers:
+    if is_experts and most > desired.max_workers:
         raise RefusedError(
-            f"{count} expert workers: a gateway rank has at most {desired.max_workers} links; "
-            "run further workers as another cell"
+            f"{most} expert workers{each}: a gateway rank has at most {desired.max_workers} links; "
+            "more cells (control.cells) keep to it"
+        )
+    if role is Role.GATEWAY and wanted.get(Role.EXPERT_WORKER) and most > desired.max_gateways:
+        raise RefusedError(
+            f"{most} gateways{each}: an expert worker has links to at most "
+            f"{desired.max_gateways}; more cells (control.cells) keep to it"
         )
 
 
 def fewest_workers(desired: Desired, num_experts: int) -> int:
     """Return how many workers hold the wanted copies of every expert, each on another worker."""
     if not desired.num_slots:
-        return 1
-    return max(math.ceil(desired.floor * num_experts / desired.num_slots), desired.floor, 1)
+        return desired.cells
+    a_cell = max(math.ceil(desired.floor * num_experts / desired.num_slots), desired.floor, 1)
+    return desired.cells * a_cell
 
 
 def need_of(role: Role, lives: Collection[Life], count: int) -> NodeNeed:

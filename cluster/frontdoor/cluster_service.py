@@ -253,5 +253,6 @@ def _member_message(
         num_slots=member.num_slots,
         slots_used=slots_used,
         metrics=member.metrics,
+        cell=member.cell,
         gateway_stats=None if stats is None else wire.stats_message(stats),
     )

@@ -4,8 +4,11 @@
 """
 
 import asyncio
+import contextlib
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -69,6 +72,49 @@ def test_dead_gateways_and_front_doors_and_cut_connections_change_nothing_for_cl
     assert report["replay"]["wrong"] == 0
     assert report["resumed_calls"] > 0
     assert sum(report["faults"].values()) == sum(counts.values())
+
+
+def test_a_cell_that_loses_its_experts_borrows_them_and_no_client_can_tell() -> None:
+    options = ChaosOptions(counts={Fault.KILL: 2}, concurrency=4, seed=SEED)
+    arguments = (
+        "--allow-chaos", "--gateways", "2", "--expert-workers", "4",
+        "--set", "control.cells=2", "--set", "experts.floor=1",
+    )  # fmt: skip
+    with served(*arguments) as cluster, callers(cluster) as calls:
+        run = asyncio.run(run_chaos(cluster.endpoint, options, clock=SystemClock(), progress=print))
+
+    report = report_of(run, options, demo_model_path())
+    print(report, calls)
+    assert report["problems"] == {"lost": [], "refused": [], "out_of_order": [], "short": []}
+    assert report["replay"]["wrong"] == 0
+    # A floor of one copy: each kill loses a cell some experts, and the other cell lends them.
+    assert {(0, 0), (1, 1)} <= calls
+    assert calls & {(0, 1), (1, 0)}
+
+
+@contextlib.contextmanager
+def callers(cluster: Served) -> Iterator[set[tuple[int, int]]]:
+    """Collect, as long as the context lasts, gateways of which cell call workers of which."""
+    calls: set[tuple[int, int]] = set()
+    ended = threading.Event()
+    stub = ClusterServiceStub(cluster.channel)
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            view = stub.GetView(pb.GetViewRequest(), timeout=30).view
+            cells = {f"{m.name}.{m.incarnation}": m.cell for m in view.members}
+            for member in view.members:
+                for worker, rows in member.gateway_stats.rows_by_worker.items():
+                    if rows and worker in cells:
+                        calls.add((member.cell, cells[worker]))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield calls
+    finally:
+        ended.set()
+        thread.join()
 
 
 def operators_have_their_say(cluster: Served) -> None:

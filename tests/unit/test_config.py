@@ -110,3 +110,27 @@ def test_configuration_is_frozen() -> None:
 def test_the_control_plane_imports_no_torch() -> None:
     code = "import sys, cluster.app, cluster.bodies.frontdoor;sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["experts.workers=5", "experts.max=2", "control.cells=2", "gateways.count=2"],
+         "experts.workers: 5 is above 4"),
+        (["gateways.count=2", "gateways.tensor_parallel=2", "experts.max=3"],
+         "gateways.count: 2 is above 1"),
+        (["autoscaler.experts.max=200"], "autoscaler.experts.max: 200 is above 128"),
+        (["control.cells=2"], "gateways.count: 1 is too few for 2 cells"),
+        (["control.cells=3", "gateways.count=3"], "experts.workers: 2 is too few for 3 cells"),
+    ],
+)  # fmt: skip
+def test_more_than_links_suffice_for_and_fewer_than_cells_are_refused(settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_config(None, settings)
+
+
+def test_cells_make_room_for_more_members() -> None:
+    settings = ["experts.workers=4", "experts.max=2", "control.cells=2", "gateways.count=4"]
+    assert load_config(None, settings).experts.workers == 4
+    inside = ["experts.workers=0", "gateways.count=500"]
+    assert load_config(None, inside).gateways.count == 500

@@ -26,7 +26,7 @@ class Bench:
     def __init__(
         self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, warm=0, slots=16,
         after=None, settings="", rebalance=None, options=None, actuator=None,
-        fixed=None, model=None,
+        fixed=None, model=None, cells=1, max_workers=128,
     ) -> None:  # fmt: skip
         self.actuator = actuator
         self.runtime = after.runtime if after else FakeRuntime()
@@ -46,6 +46,8 @@ class Bench:
                 standby={Role.EXPERT_WORKER: standby, Role.GATEWAY: warm},
                 settings=dict.fromkeys(Role, settings),
                 fixed=fixed or {},
+                cells=cells,
+                max_workers=max_workers,
             ),
             model or Placement("w", LAYERS, EXPERTS),
             {

@@ -29,7 +29,7 @@ from workers.dispatch.roster import Roster
 from workers.dispatch.rows import StagedReply, sum_by_expert, sum_partials, summed_masks
 from workers.dispatch.tally import LoadReport, LoadTally
 from workers.errors import DeadlineError, DispatchError, LinkClosedError, RefusedError
-from workers.placement import MemberId, MemberState, Role, View
+from workers.placement import NO_CELL, MemberId, MemberState, Role, View
 
 __all__ = ["DispatchOptions", "LinkDispatcher", "MessageShape"]
 
@@ -57,6 +57,7 @@ class LinkDispatcher:
         inbox: Inbox | None = None,
         open_links: Callable[..., LinkSet] = LinkSet,
     ) -> None:
+        self._member = member
         self._options = options
         self._clock = clock
         rows_per_call = options.capacity_rows
@@ -87,13 +88,18 @@ class LinkDispatcher:
     def adopt(self, view: View) -> None:
         """Take a View if it is newer than the one held. Any thread.
 
-        Raises RefusedError when it names more workers than this process may have links.
+        Raises RefusedError when the cell has more workers than this process may have links. What is
+        borrowed from other cells beyond that number is not linked to.
         """
-        members = view.with_role(Role.EXPERT_WORKER)
-        linked = [m.id for m in members if m.state in _LINKED]
-        if len(linked) > self._options.max_links:
-            raise RefusedError(f"{len(linked)} expert workers for {self._options.max_links} links")
-        index = ReplicaIndex(view)
+        cell, most = view.cell_of(self._member), self._options.max_links
+        mine = view.within(cell)
+        members = [m for m in mine.with_role(Role.EXPERT_WORKER) if m.state in _LINKED]
+        borrowed = [m.id for m in members if cell is not None and m.cell not in {cell, NO_CELL}]
+        linked = [m.id for m in members if m.id not in borrowed]
+        if len(linked) > most:
+            raise RefusedError(f"{len(linked)} expert workers for {most} links")
+        linked += borrowed[: most - len(linked)]
+        index = ReplicaIndex(mine)
         with self._adopting:
             if self._closed or not self._roster.adopt(index):
                 return

@@ -15,7 +15,7 @@ from workers.dispatch.options import LinkTerms
 from workers.dispatch.rendezvous import LinkOpener, LinkStore, link_key
 from workers.errors import DispatchError, LinkClosedError
 from workers.expert.served_link import Call, ServedLink
-from workers.placement import MemberId, Role, View
+from workers.placement import MemberId, View
 
 _STORE_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.05
@@ -60,10 +60,10 @@ class Followers:
         return len(self._served)
 
     def adopt(self, view: View) -> None:
-        """Follow exactly the gateway ranks of a View, if it is newer than the last one."""
+        """Follow exactly the gateway ranks that may call it by a View newer than the last one."""
         wanted: set[GatewayRank] = {
             (member.id, rank, store)
-            for member in view.with_role(Role.GATEWAY)
+            for member in view.callers_of(self._worker)
             for rank, store in enumerate(member.stores)
             if store
         }

@@ -1,5 +1,6 @@
 """One run: controllers, workers and gateways in virtual time, with faults drawn from the seed."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from workers.errors import ExpertmeshError, RefusedError
 from workers.placement import MemberId, Placement, Role, View
 
 NUM_LAYERS, NUM_EXPERTS = 2, 4
-TICK_S = 0.05
+TICK_S = 0.1
 LOOK_S = 0.1
 FORMED_S, END_S, CALM_S = 20.0, 120.0, 40.0
 FAULTS = (
@@ -174,7 +175,8 @@ class SimCluster:
         self._standby = draw.choice((0, 0, 1))
         self._warm = draw.choice((0, 0, 1))
         self._num_slots = draw.choice((4, 5, 6, 8))
-        self._rebalance_s = draw.choice((0.0, 0.7))
+        self._rebalance_s = draw.choice((0.0, 1.0))
+        self._cells = draw.choice((1, 1, 2))
         self._journal = SimJournal()
         shape = MessageShape(hidden_size=1, top_k=2, dtype=torch.float32)
         self.net = Network(self.simulator, shape, capacity=4)
@@ -255,6 +257,7 @@ class SimCluster:
                 },
                 num_slots=self._num_slots,
                 floor=self._floor,
+                cells=self._cells,
                 standby={Role.EXPERT_WORKER: self._standby, Role.GATEWAY: self._warm},
             ),
             Placement("lab", NUM_LAYERS, NUM_EXPERTS),
@@ -344,7 +347,8 @@ class SimCluster:
             wanted = self.leader.status().pools[0].wanted
             count = wanted + (1 if fault == "join" else -1)
             if count >= 2:
-                self.leader.scale(Role.EXPERT_WORKER, count)
+                with contextlib.suppress(RefusedError):  # a cell could not hold every expert
+                    self.leader.scale(Role.EXPERT_WORKER, count)
         elif fault == "kill controller" and self.leader is not None:
             self.controllers[-1].is_alive = False
             simulator.after(length_s / 3, lambda: self.start_controller(resume=True))

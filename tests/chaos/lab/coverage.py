@@ -1,4 +1,4 @@
-"""Which pairs of state and event a batch of seeds has visited, of members and of calls."""
+"""Which pairs of state and event a batch of seeds has visited, of members, calls and cells."""
 
 import contextlib
 from collections import Counter
@@ -10,7 +10,7 @@ from cluster.control.lifecycle import PHASES, Life, Phase
 from cluster.control.ports import Died, Leaving, Raised, Returned
 from tests.chaos.lab.mutations import replaced
 from workers.dispatch.recovery import Attempt, LayerCall
-from workers.placement import Role
+from workers.placement import NO_CELL, Role, View
 
 Visited = Counter[tuple[str, str]]
 
@@ -46,6 +46,8 @@ def expected() -> set[tuple[str, str]]:
         ("later attempt", "given up"),
         ("hedged attempt", "whole reply"),
         ("hedged attempt", "given up"),
+        ("cell", "keeps to itself"),
+        ("cell", "borrows"),
     }
     return pairs - UNREACHABLE.keys()
 
@@ -63,7 +65,7 @@ def observing() -> Iterator[Visited]:
     """Count what members and calls go through, for as long as the context lasts."""
     visited: Visited = Counter()
     hear, reply = Controller._hear, LayerCall.reply
-    give_up, hedge = LayerCall.give_up, LayerCall.hedge
+    give_up, hedge, within = LayerCall.give_up, LayerCall.hedge, View.within
 
     def heard(self: Controller, event: Any) -> None:
         life: Life | None = self._lives.get(event.process.member)
@@ -103,8 +105,17 @@ def observing() -> Iterator[Visited]:
         visited[_state(attempt), "hedged"] += 1
         return hedge(self, attempt)
 
+    def narrowed(self: View, cell: int | None) -> View:
+        mine = within(self, cell)
+        if mine is not self:
+            workers = mine.with_role(Role.EXPERT_WORKER)
+            borrows = any(m.cell not in {cell, NO_CELL} for m in workers)
+            visited["cell", "borrows" if borrows else "keeps to itself"] += 1
+        return mine
+
     with (
         replaced(Controller, "_hear", heard),
+        replaced(View, "within", narrowed),
         replaced(LayerCall, "reply", replied),
         replaced(LayerCall, "give_up", given_up),
         replaced(LayerCall, "hedge", hedged),

@@ -623,6 +623,7 @@ class Member(_message.Message):
     SLOTS_USED_FIELD_NUMBER: _builtins.int
     GATEWAY_STATS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    CELL_FIELD_NUMBER: _builtins.int
     PIDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     incarnation: _builtins.int
@@ -636,6 +637,8 @@ class Member(_message.Message):
     slots_used: _builtins.int
     metrics: _builtins.str
     """HOST:PORT of its Prometheus page."""
+    cell: _builtins.int
+    """Of a gateway or expert worker: gateways call the workers of their cell. -1 while it stands by."""
     @_builtins.property
     def gateway_stats(self) -> Global___GatewayStats:
         """Of a gateway that this front door is connected to: its latest word."""
@@ -658,11 +661,12 @@ class Member(_message.Message):
         slots_used: _builtins.int = ...,
         gateway_stats: Global___GatewayStats | None = ...,
         metrics: _builtins.str = ...,
+        cell: _builtins.int = ...,
         pids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gateway_stats", b"gateway_stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "metrics", b"metrics", "name", b"name", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "pids", b"pids", "role", b"role", "slots_used", b"slots_used", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell", "endpoint", b"endpoint", "gateway_stats", b"gateway_stats", "incarnation", b"incarnation", "metrics", b"metrics", "name", b"name", "node", b"node", "num_slots", b"num_slots", "pid", b"pid", "pids", b"pids", "role", b"role", "slots_used", b"slots_used", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
