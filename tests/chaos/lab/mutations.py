@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.control import controller as controller_module
+from cluster.control import distributor as distributor_module
 from cluster.control.fence import Fence
 from cluster.control.planner import _Board
 from cluster.control.replicas import ReplicaBook
@@ -92,17 +92,17 @@ def drop_what_nobody_serves() -> Any:
 
 def leave_lost_experts_unloaded() -> Any:
     """I4: experts without a copy are not loaded elsewhere."""
-    original = controller_module.assign
+    original = distributor_module.assign
 
     def assign(book: ReplicaBook, crew: Any, **more: Any) -> Any:
         if any(book.loaded(w.member.id) for w in crew) and more["rescue_only"]:
-            return controller_module.Assignment()
+            return distributor_module.Assignment()
         made = original(book, crew, **more)
         batches = {m: [x for x in loads if not x.urgent] for m, loads in made.batches.items()}
         served = any(book.loaded(w.member.id) for w in crew)
-        return controller_module.Assignment(batches, made.num_missing) if served else made
+        return distributor_module.Assignment(batches, made.num_missing) if served else made
 
-    return replaced(controller_module, "assign", assign)
+    return replaced(distributor_module, "assign", assign)
 
 
 def overwrite_the_last_loaded_copy() -> Any:
