@@ -41,7 +41,7 @@ class ModelConfigSection(_Section):
     name: str = ""
     """The name that clients use; the directory's name when empty."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What is computed in: auto is float32 on CPU and bfloat16 on GPU."""
+    """What is computed in: auto is bfloat16 where gateways or experts have a GPU, else float32."""
 
 
 class ProcessSection(_Section):
@@ -319,6 +319,13 @@ class ClusterConfig(_Section):
     control: ControlSection = ControlSection()
     autoscaler: AutoscalerSection = AutoscalerSection()
     telemetry: TelemetrySection = TelemetrySection()
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of weights and rows, the same in all processes: links carry no other."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "bfloat16" if self.gateways.num_gpus or self.experts.num_gpus else "float32"
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:

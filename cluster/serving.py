@@ -71,14 +71,8 @@ def model_facts(config: ClusterConfig) -> ModelFacts:
             weights_version=checkpoint.fingerprint,
             experts_bytes=model.num_layers
             * model.num_experts
-            * expert_bytes(model, _dtype(config)),
+            * expert_bytes(model, getattr(torch, config.compute_dtype)),
         )
-
-
-def _dtype(config: ClusterConfig) -> torch.dtype:
-    if config.model.dtype == "auto":
-        return torch.bfloat16 if config.experts.num_gpus else torch.float32
-    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
 @contextlib.contextmanager

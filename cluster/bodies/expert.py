@@ -30,9 +30,6 @@ class ExpertWorkerBody(Process):
         port = own_port(config.telemetry.metrics_port, host)
         super().__init__(Role.EXPERT_WORKER, member, config.telemetry, metrics_port=port)
         directory = Path(model_dir)
-        device, dtype = "cuda" if config.experts.num_gpus else "cpu", config.model.dtype
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16"
         self._worker = ExpertWorker(
             member,
             config=ModelConfig.load(directory),
@@ -42,8 +39,8 @@ class ExpertWorkerBody(Process):
                 bit_stable=config.dispatch.bit_stable,
                 capacity_rows=config.dispatch.capacity_rows,
                 num_threads=config.experts.threads,
-                device=device,
-                dtype=dtype,
+                device="cuda" if config.experts.num_gpus else "cpu",
+                dtype=config.compute_dtype,
             ),
             host=host or node_address(),
             clock=SystemClock(),

@@ -156,7 +156,7 @@ def _options(config: ClusterConfig) -> GatewayOptions:
         local_experts=local,
         micro_batches=section.micro_batches or (2 if section.num_gpus and not local else 1),
         bit_stable=config.dispatch.bit_stable,
-        dtype=config.model.dtype,
+        dtype=config.compute_dtype,
         num_threads=section.threads,
         snapshot_tokens=section.snapshot_tokens,
         snapshot_token_bytes=section.snapshot_token_bytes,

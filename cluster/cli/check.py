@@ -48,9 +48,7 @@ def check_command(config: ClusterConfig, *, parity: bool) -> None:
 
 def _memory_table(model: ModelConfig, config: ClusterConfig) -> Table:
     ranks, workers = config.gateways.tensor_parallel, config.experts.workers
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    if config.model.dtype == "auto" and config.gateways.num_gpus:
-        dtype = torch.bfloat16
+    dtype = getattr(torch, config.compute_dtype)
     context = config.gateways.context_tokens or model.max_position_embeddings
     table = Table(title=f"memory in {dtype}", title_justify="left")
     table.add_column("what")

@@ -34,8 +34,10 @@ def demo_command(config: ClusterConfig, client: Path | None) -> None:
     """
     console = Console()
     signals = Signals()
-    workers, ranks = config.experts.workers, config.gateways.tensor_parallel
-    console.print(f"starting 1 front door, 1 gateway of {ranks} ranks, {workers} expert workers")
+    console.print(
+        f"starting front doors: {config.front_doors.count}; gateways: {config.gateways.count}, of "
+        f"{config.gateways.tensor_parallel} ranks each; expert workers: {config.experts.workers}"
+    )
     progress = Progress(Console(stderr=True))
     try:
         with serving(config, clock=SystemClock(), wait=signals.wait, progress=progress) as cluster:

@@ -2,10 +2,12 @@
 
 import sys
 import time
+from typing import Any
 
 import grpc
 import orjson
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
@@ -32,22 +34,29 @@ def status_command(server: Server, *, as_json: bool) -> None:
     with channel_to(server) as channel:
         stub = ClusterServiceStub(channel)
         view = stub.GetView(pb.GetViewRequest(), timeout=_DEADLINE_S).view
-        if not as_json:
+        try:
             request = pb.GetStatusRequest()
-            try:
-                status = stub.GetStatus(request, timeout=_CONTROLLER_DEADLINE_S).status
-            except grpc.RpcError as error:
-                away = f"the controller does not answer: {error.details()}"
+            status = stub.GetStatus(request, timeout=_CONTROLLER_DEADLINE_S).status
+        except grpc.RpcError as error:
+            away = f"the controller does not answer: {error.details()}"
     if as_json:
-        tree = MessageToDict(
-            view, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
+        tree = _tree(view) | {"controller": away or "answers"}
+        if not away:
+            told = _tree(status)
+            tree |= {"health": told.pop("members")}
+            tree |= {name: value for name, value in told.items() if name != "view"}
         sys.stdout.write(orjson.dumps(tree, option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
         console = Console()
         console.print(_table(view))
         for line in filter(None, [*_scales(status), away]):
             console.print(line, markup=False, highlight=False)
+
+
+def _tree(message: Message) -> dict[str, Any]:
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
 
 
 def _table(view: pb.View) -> Table:

@@ -1,11 +1,15 @@
 """Load triples and falls again: expert workers and their nodes come and go, and no client can tell.
 
-    python -m tests.accept.autoscale [--rate 0.4] [--json FILE] [--plot FILE]
+    python -m tests.accept.autoscale [--rate 0.3] [--expert-ms 0.5] [--json FILE] [--plot FILE]
 
 Ray's own autoscaler (v2) runs on this machine and brings a raylet for each node. `expertmesh apply`
 starts the cluster; requests come at random times, three times as many in the middle. Every sequence
 is replayed through the experts in one process. The same requests go to a cluster that has as many
 workers as the peak took from the start, for the times to the first token there.
+
+Workers that share this machine's cores do not get faster by their number. `--expert-ms` has each
+expert of a batch take that long, in which the worker waits without a core, as if it had an
+accelerator (`paced/`); 0 leaves them as they are.
 """
 
 import argparse
@@ -33,6 +37,7 @@ from workers.clock import SystemClock
 
 LOOK_S = 0.25
 TIMES_STATIC = 2.0
+PACED = Path(__file__).parent / "paced"
 NODE_TYPES = {
     "expert": {"expert_slot": 1},
     "gateway": {"gateway": 1},
@@ -202,7 +207,10 @@ def run(options: argparse.Namespace, plan: Plan, *, workers: int, follows_load: 
         "autoscaler.ahead_s": 6.0,
     }
     types = node_types(options.most)
-    with site(resources={"frontdoor": 4}, node_types=types, **changes) as made:
+    environment = {"PYTHONPATH": str(PACED), "EXPERT_MS": str(options.expert_ms)}
+    with site(
+        resources={"frontdoor": 4}, node_types=types, environment=environment, **changes
+    ) as made:
         applied(made)
         try:
             return asyncio.run(load_and_watch(made.endpoint, plan))
@@ -337,6 +345,7 @@ def main() -> None:
     parser.add_argument("--after-s", type=float, default=150)
     parser.add_argument("--fewest", type=int, default=2)
     parser.add_argument("--most", type=int, default=5)
+    parser.add_argument("--expert-ms", type=float, default=0.5)
     parser.add_argument("--target", type=float, default=0.16)
     parser.add_argument("--queue-s", type=float, default=0.5)
     parser.add_argument("--down-s", type=float, default=20)

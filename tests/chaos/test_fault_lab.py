@@ -13,7 +13,7 @@ from tests.chaos.lab.mutations import MUTATIONS
 from tests.chaos.lab.scenarios import find_mutations, quiet, run_all
 
 pytestmark = [pytest.mark.timeout(600)]
-FIXED_SEEDS, FRESH_SEEDS = 400, 200
+FIXED_SEEDS, FRESH_SEEDS = 400, 100
 LIMIT = 10_000
 
 

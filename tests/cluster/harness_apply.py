@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -64,15 +65,18 @@ def site(
     *,
     resources: Mapping[str, float] = RESOURCES,
     node_types: Mapping[str, dict] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
     **changes: Any,
 ) -> Iterator[Site]:
     """Run a Ray head and write a configuration; the cluster, if it was applied, is taken down.
 
-    `resources` and `node_types` are as in `ray_head`.
+    `resources`, `node_types` and `environment` are as in `ray_head`.
     """
     with (
         tempfile.TemporaryDirectory(prefix="apply-") as directory,
-        ray_head(storage, resources=resources, node_types=node_types) as head,
+        ray_head(
+            storage, resources=resources, node_types=node_types, environment=environment
+        ) as head,
     ):
         endpoint = f"127.0.0.1:{free_port()}"
         journal = Path(directory) / "journal"

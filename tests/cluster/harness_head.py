@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
 START_S = 60.0
 _RAY = (str(Path(sys.executable).parent / "ray"),)
 _STORE_BYTES = 90_000_000
-IDLE_S = 10.0  # after which Ray's autoscaler takes a node
+IDLE_S = 6.0  # after which Ray's autoscaler takes a node
 HEAD_ID = "f" * 51 + "00000"
 AUTOSCALER_ENVIRONMENT = {
     "RAY_FAKE_CLUSTER": "1",
@@ -102,16 +103,19 @@ def ray_head(
     inside: Sequence[str] = (),
     ports: tuple[int, int] | None = None,
     node_types: Mapping[str, dict] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Head]:
     """Run a head whose GCS keeps its tables in `rocksdb`, a `redis` of its own, or `memory`.
 
     `inside` goes before its command, such as what enters a network namespace. `ports` are those of
     the GCS and of the client server. With `node_types` Ray's own autoscaler (v2) runs beside it and
-    brings and takes nodes of these types, each a raylet on this machine.
+    brings and takes nodes of these types, each a raylet on this machine. `environment` is laid over
+    this process's.
     """
     directory = Path(tempfile.mkdtemp(prefix="head-"))
     environment = {
         **os.environ,
+        **environment,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "180",

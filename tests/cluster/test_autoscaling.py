@@ -88,8 +88,10 @@ def test_nodes_follow_members_as_ray_autoscaler_brings_and_takes_them() -> None:
 
 
 def test_load_that_triples_brings_workers_and_nodes_and_no_client_can_tell() -> None:
-    options = argparse.Namespace(fewest=2, most=4, target=0.05, queue_s=0.5, down_s=1e6)
-    plan = Plan(rate=0.4, calm_s=2, peak_s=45, after_s=0, seed=0)
+    options = argparse.Namespace(
+        fewest=2, most=4, target=0.05, queue_s=0.5, down_s=1e6, expert_ms=0.0
+    )
+    plan = Plan(rate=0.4, calm_s=2, peak_s=32, after_s=0, seed=0)
     seen = run(options, plan, workers=2, follows_load=True)
     report = report_of(Run(seen.answers, [], Counter()), ChaosOptions(counts={}), demo_model_path())
     last = seen.samples[-1]

@@ -134,3 +134,17 @@ def test_cells_make_room_for_more_members() -> None:
     assert load_config(None, settings).experts.workers == 4
     inside = ["experts.workers=0", "gateways.count=500"]
     assert load_config(None, inside).gateways.count == 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ([], "float32"),
+        (["gateways.num_gpus=1"], "bfloat16"),
+        (["experts.num_gpus=1"], "bfloat16"),
+        (["experts.num_gpus=1", "model.dtype=float32"], "float32"),
+        (["model.dtype=bfloat16"], "bfloat16"),
+    ],
+)
+def test_all_processes_compute_in_one_dtype(settings, dtype) -> None:
+    assert load_config(None, settings).compute_dtype == dtype
