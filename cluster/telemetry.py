@@ -65,6 +65,12 @@ GATEWAY_SAMPLES = (
     Sample("resends", "expertmesh_gateway_resends", _COUNT, "Expert calls sent again."),
     Sample("hedges", "expertmesh_gateway_hedges", _COUNT, "Expert calls sent twice on suspicion."),
     Sample(
+        "longest_deadline_s",
+        "expertmesh_gateway_longest_deadline_seconds",
+        _GAUGE,
+        "The longest deadline of a call that an expert worker has missed.",
+    ),
+    Sample(
         "parked_s",
         "expertmesh_gateway_parked_seconds",
         _COUNT,

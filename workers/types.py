@@ -158,6 +158,7 @@ class GatewayStats:
     parked_s: float = 0.0
     dispatch_wait_s: float = 0.0
     step_s: float = 0.0
+    longest_deadline_s: float = 0.0
     recovery_s: float = 0.0
     snapshots_stored: int = 0
     snapshots_skipped: int = 0

@@ -46,11 +46,13 @@ class Run:
     """What clients saw, and what was done meanwhile.
 
     `recoveries` counts layers by how long they took once a loss was noticed; see `GatewayStats`.
+    `longest_deadline_s` is that of a call whose worker was late.
     """
 
     answers: list[Answer]
     done: list[Done]
     recoveries: Counter[int]
+    longest_deadline_s: float = 0.0
 
 
 async def run_chaos(
@@ -118,11 +120,13 @@ async def run_script(
             await asyncio.sleep(_WARM_UP_S)
             await script(saboteur)
             await asyncio.sleep(_WARM_UP_S)
-            recoveries = _recoveries(await saboteur.whole())
+            after = await saboteur.whole()
         finally:
             load.stop()
             await running
-        return Run(load.answers, saboteur.done, recoveries - _recoveries(status))
+        recoveries = _recoveries(after) - _recoveries(status)
+        longest_s = max((m.gateway_stats.longest_deadline_s for m in after.members), default=0.0)
+        return Run(load.answers, saboteur.done, recoveries, longest_s)
 
 
 def _recoveries(status: cluster_pb2.ClusterStatus) -> Counter[int]:
@@ -159,6 +163,7 @@ def report_of(
         "stalls_ms": {s.kind: _summary(s.sequences_s) for s in _stalls(run)},
         "worst_stall_of_a_fault_ms": {s.kind: _summary(s.worst_s) for s in _stalls(run)},
         "whole_after_s": _whole_after(run.done),
+        "longest_deadline_s": run.longest_deadline_s,
         "recoveries_s": {
             "at_most": [*RECOVERY_BOUNDS_S, None],
             "layers": [run.recoveries[i] for i in range(len(RECOVERY_BOUNDS_S) + 1)],

@@ -78,7 +78,7 @@ def table_of(report: dict[str, Any]) -> Table:
             f"{replay['sequences']} replayed sequences {replay['wrong']} wrong, "
             f"{replay['explained_mismatches']} tokens explained by a margin"
         ),
-        caption=_recoveries(report["recoveries_s"]),
+        caption=_recoveries(report["recoveries_s"]) + _late(report["longest_deadline_s"]),
         caption_justify="left",
         title_justify="left",
     )
@@ -95,6 +95,13 @@ def table_of(report: dict[str, Any]) -> Table:
             f"{whole['p50']:.1f} s" if whole else "",
         )
     return table
+
+
+def _late(deadline_s: float) -> str:
+    """Return the longest deadline that a worker missed, on a line of its own."""
+    if not deadline_s:
+        return ""
+    return f"\nthe longest deadline that a worker missed was {deadline_s:.3f} s"
 
 
 def _recoveries(recoveries: dict[str, Any]) -> str:

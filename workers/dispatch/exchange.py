@@ -71,6 +71,7 @@ class LinkDispatcher:
         self._num_calls = 0
         self._budget = HedgeBudget(options.hedge_share)
         self._counters = dict.fromkeys(("hedges", "stale_answers", "late_replies", "suspicions"), 0)
+        self._longest_deadline_s = 0.0  # of those that were missed
         self._wait_s = 0.0
         self._parked_s = 0.0
         self._recoveries = Recoveries()
@@ -177,6 +178,7 @@ class LinkDispatcher:
             "links_opened": sum(p.links_opened for p in peers),
             "wait_s": self._wait_s,
             "parked_s": self._parked_s,
+            "longest_deadline_s": self._longest_deadline_s,
             "recovery_s": self._recoveries.sum_s,
             "recoveries": tuple(self._recoveries.counts),
         }
@@ -270,8 +272,10 @@ class LinkDispatcher:
         peer = self._links.peers.get(attempt.worker)
         if peer is None:
             return
+        allowed_s = attempt.deadline_s - attempt.sent_s
         attempt.deadline_s = now_s + peer.times.deadline_s(len(attempt.pairs.masks_R))
         if not peer.suspect:
+            self._longest_deadline_s = max(self._longest_deadline_s, allowed_s)
             peer.suspect = True
             self._counters["suspicions"] += 1
             self._roster.changed()

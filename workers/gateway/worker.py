@@ -255,6 +255,7 @@ class GatewayWorker:
             hedges=counters["hedges"],
             parked_s=counters["parked_s"],
             dispatch_wait_s=counters["wait_s"],
+            longest_deadline_s=counters["longest_deadline_s"],
             recovery_s=counters["recovery_s"],
             recoveries=counters["recoveries"],
             rows_by_worker=dict(counters["rows_by_worker"]),

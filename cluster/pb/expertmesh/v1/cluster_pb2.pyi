@@ -771,6 +771,7 @@ class GatewayStats(_message.Message):
     ROWS_BY_WORKER_FIELD_NUMBER: _builtins.int
     RECOVERIES_FIELD_NUMBER: _builtins.int
     RECOVERY_S_FIELD_NUMBER: _builtins.int
+    LONGEST_DEADLINE_S_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_STORED_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_SKIPPED_FIELD_NUMBER: _builtins.int
     SNAPSHOT_BYTES_FIELD_NUMBER: _builtins.int
@@ -805,6 +806,8 @@ class GatewayStats(_message.Message):
     dispatch_wait_s: _builtins.float
     step_s: _builtins.float
     recovery_s: _builtins.float
+    longest_deadline_s: _builtins.float
+    """The longest deadline of a call that an expert worker has missed."""
     snapshots_stored: _builtins.int
     """Snapshots of its own sequences that another gateway holds, and those that were not taken in time."""
     snapshots_skipped: _builtins.int
@@ -861,6 +864,7 @@ class GatewayStats(_message.Message):
         rows_by_worker: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         recoveries: _abc.Iterable[_builtins.int] | None = ...,
         recovery_s: _builtins.float = ...,
+        longest_deadline_s: _builtins.float = ...,
         snapshots_stored: _builtins.int = ...,
         snapshots_skipped: _builtins.int = ...,
         snapshot_bytes: _builtins.int = ...,
@@ -882,7 +886,7 @@ class GatewayStats(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "moved", b"moved", "parked_s", b"parked_s", "preemptions", b"preemptions", "prefix_block_evictions", b"prefix_block_evictions", "prefix_blocks", b"prefix_blocks", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_hits", b"prefix_hits", "prefix_kv_bytes", b"prefix_kv_bytes", "prefix_lookups", b"prefix_lookups", "prefix_state_bytes", b"prefix_state_bytes", "prefix_state_evictions", b"prefix_state_evictions", "prefix_states", b"prefix_states", "recomputed_tokens", b"recomputed_tokens", "recomputes", b"recomputes", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "replayed_tokens", b"replayed_tokens", "resends", b"resends", "restores", b"restores", "rows_by_worker", b"rows_by_worker", "running", b"running", "snapshot_bytes", b"snapshot_bytes", "snapshots_evicted", b"snapshots_evicted", "snapshots_skipped", b"snapshots_skipped", "snapshots_stored", b"snapshots_stored", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "longest_deadline_s", b"longest_deadline_s", "moved", b"moved", "parked_s", b"parked_s", "preemptions", b"preemptions", "prefix_block_evictions", b"prefix_block_evictions", "prefix_blocks", b"prefix_blocks", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_hits", b"prefix_hits", "prefix_kv_bytes", b"prefix_kv_bytes", "prefix_lookups", b"prefix_lookups", "prefix_state_bytes", b"prefix_state_bytes", "prefix_state_evictions", b"prefix_state_evictions", "prefix_states", b"prefix_states", "recomputed_tokens", b"recomputed_tokens", "recomputes", b"recomputes", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "replayed_tokens", b"replayed_tokens", "resends", b"resends", "restores", b"restores", "rows_by_worker", b"rows_by_worker", "running", b"running", "snapshot_bytes", b"snapshot_bytes", "snapshots_evicted", b"snapshots_evicted", "snapshots_skipped", b"snapshots_skipped", "snapshots_stored", b"snapshots_stored", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
