@@ -57,7 +57,10 @@ async def cut(saboteur: Saboteur, host: Host, length_s: float) -> None:
         host.cut()
         await asyncio.sleep(length_s)
         host.mend()
-    after = set().union(*await workers(saboteur))
+    still_beside, still_away = await workers(saboteur)
+    after = still_beside | still_away
+    print(f"  {sorted(beside)} and {sorted(away)} are {sorted(still_beside)} and "
+          f"{sorted(still_away)}", flush=True)  # fmt: skip
     if beside - after:
         raise ChangedError(f"workers that were not cut off are gone: {sorted(beside - after)}")
     if length_s < LONG_S and away - after:
