@@ -99,7 +99,7 @@ def desired_of(
         },
         cells=cells,
         max_workers=config.experts.max,
-        max_gateways=max(config.experts.max // config.gateways.tensor_parallel, 1),
+        max_gateways=config.gateways.cell_ranks // config.gateways.tensor_parallel,
         settings=digests(config, build),
         fixed=fixed_values(config),
     )

@@ -18,6 +18,7 @@ from workers.errors import ConfigError
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+LinkCount = Annotated[int, Field(ge=1, le=128)]  # no process has more links
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -31,6 +32,12 @@ def is_loopback(host: str) -> bool:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Give what an older program has pickled the keys that it did not know."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            self.__dict__.setdefault(name, field.get_default(call_default_factory=True))
 
 
 class ModelConfigSection(_Section):
@@ -57,6 +64,8 @@ class GatewaySection(ProcessSection):
     """Gateways: attention, state and the schedule of steps."""
 
     count: PositiveCount = 1
+    cell_ranks: LinkCount = 128
+    """Most gateway ranks of a cell: as many links as an expert worker may have."""
     standby: Count = 0
     """Warm gateways more, with their weights, that take the place of lost ones."""
     tensor_parallel: PositiveCount = 1
@@ -113,8 +122,8 @@ class ExpertSection(ProcessSection):
     """Fewest workers, for which slots are sized; 0 takes `workers`."""
     standby: Count = 0
     """Warm workers more, without experts, that take the place of lost ones."""
-    max: PositiveCount = 128
-    """Most workers of a cell: as many links as a process may have, at either end."""
+    max: LinkCount = 128
+    """Most workers of a cell: as many links as a gateway rank may have."""
 
 
 class TlsSection(_Section):
@@ -329,21 +338,28 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:
-        cells, links = self.control.cells, self.experts.max
-        gateway_links = max(links // self.gateways.tensor_parallel, 1)
-        for key, count, most in (
-            ("experts.workers", self.experts.workers, cells * links),
-            ("autoscaler.experts.max", self.autoscaler.experts.max, cells * links),
-            ("gateways.count", self.gateways.count, cells * gateway_links),
-            ("autoscaler.gateways.max", self.autoscaler.gateways.max, cells * gateway_links),
+        cells = self.control.cells
+        workers = cells * self.experts.max
+        gateways = cells * (self.gateways.cell_ranks // self.gateways.tensor_parallel)
+        for key, count, most, limit in (
+            ("experts.workers", self.experts.workers, workers, "experts.max"),
+            ("autoscaler.experts.max", self.autoscaler.experts.max, workers, "experts.max"),
+            ("gateways.count", self.gateways.count, gateways, "gateways.cell_ranks"),
+            (
+                "autoscaler.gateways.max",
+                self.autoscaler.gateways.max,
+                gateways,
+                "gateways.cell_ranks",
+            ),
         ):
             if count > most and self.experts.workers:
                 raise ValueError(
                     f"{key}: {count} is above {most}, for which the links of a process suffice "
-                    f"(experts.max {links}, control.cells {cells}); more cells allow more"
+                    f"({limit}, times control.cells, which is {cells})"
                 )
         for key, count in (
             ("experts.workers", self.experts.workers or cells),
+            ("experts.min", self.experts.min or cells),
             ("gateways.count", self.gateways.count),
         ):
             if count < cells:

@@ -185,14 +185,9 @@ class View:
             expert: tuple(r for r in found if r.worker in near)
             for expert, found in self.placement.replicas.items()
         }
-        lenders = {m.id: m.cell for m in workers if m.serves and m.id not in near}
-        num_cells = 1 + max(m.cell for m in workers)
-        for expert in lacking:
-            far = [r for r in self.placement.replicas.get(expert, ()) if r.worker in lenders]
-            distances = [(lenders[r.worker] - cell) % num_cells for r in far]
-            nearest = [r for r, d in zip(far, distances, strict=True) if d == min(distances)]
-            replicas[expert] = (*replicas.get(expert, ()), *nearest)
-        used = near | {r.worker for expert in lacking for r in replicas[expert]}
+        for expert in lacking if cell != NO_CELL else ():
+            replicas[expert] = (*replicas.get(expert, ()), *self._lent(expert, cell))
+        used = near | {r.worker for expert in lacking for r in replicas.get(expert, ())}
         return replace(
             self,
             members=tuple(
@@ -207,5 +202,27 @@ class View:
         cells, cell = {m.cell for m in gateways}, self.cell_of(worker)
         if cell is None or cell == NO_CELL or cells == {cell}:
             return gateways
-        calling = {cell for cell in cells if any(m.id == worker for m in self.within(cell).members)}
+        calling = {c for c in cells if c == cell or (c != NO_CELL and self._lends(worker, c))}
         return tuple(m for m in gateways if m.cell in calling)
+
+    @cached_property
+    def _cells_of_serving(self) -> dict[MemberId, int]:
+        return {m.id: m.cell for m in self.serving_workers()}
+
+    def _lent(self, expert: ExpertId, cell: int) -> list[Replica]:
+        """Return the replicas at which a cell that lacks an expert calls it: the next cell's."""
+        cells = self._cells_of_serving
+        num_cells = 1 + max(cells.values(), default=0)
+        far = [r for r in self.placement.replicas.get(expert, ()) if cells.get(r.worker, -1) >= 0]
+        nearest = min(((cells[r.worker] - cell) % num_cells for r in far), default=0)
+        return [r for r in far if (cells[r.worker] - cell) % num_cells == nearest]
+
+    def _lends(self, worker: MemberId, cell: int) -> bool:
+        """Whether a worker of another cell serves something that none of this cell's does."""
+        cells, replicas = self._cells_of_serving, self.placement.replicas
+        lacking = (
+            expert
+            for expert in (self.placement.held_by(worker) if worker in cells else ())
+            if not any(cells.get(r.worker) in {cell, NO_CELL} for r in replicas[expert])
+        )
+        return any(r.worker == worker for expert in lacking for r in self._lent(expert, cell))

@@ -46,7 +46,7 @@ class Run:
     """What clients saw, and what was done meanwhile.
 
     `recoveries` counts layers by how long they took once a loss was noticed; see `GatewayStats`.
-    `longest_deadline_s` is that of a call whose worker was late.
+    `longest_deadline_s` is that of a call whose worker was late, of gateways that live at the end.
     """
 
     answers: list[Answer]

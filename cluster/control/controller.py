@@ -456,7 +456,7 @@ class Controller:
             for w in self._workers()
             if w.phase is Phase.SERVE and not w.leaving and w.member.cell == life.member.cell
         ]
-        moved = not self._distributor.num_missing and not self._book.loading
+        moved = self._distributor.is_whole(life.member.cell, self._workers())
         return moved and self._book.covers(life.member.id, staying)
 
     def _enter(self, life: Life, phase: Phase, *arguments: object) -> None:

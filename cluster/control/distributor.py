@@ -30,6 +30,7 @@ class _Cell:
     rebalancer: Rebalancer
     complete_s: float
     placed_s: float
+    was_complete: bool = False
     planned_for: tuple[object, ...] = ()
     assignment: Assignment = field(default_factory=Assignment)
 
@@ -46,6 +47,7 @@ class Distributor:
         now_s: float,
     ) -> None:
         self._book = book
+        self._num_experts = model.num_layers * model.num_experts
         self._floor = desired.floor
         self._options = options
         self._cells = [
@@ -54,10 +56,12 @@ class Distributor:
         ]
         self._held_off_s: dict[MemberId, float] = {}
 
-    @property
-    def num_missing(self) -> int:
-        """Loads that are still to come, beside those for the sake of balance."""
-        return sum(cell.assignment.num_missing for cell in self._cells)
+    def is_whole(self, cell: int, workers: Collection[Life]) -> bool:
+        """Whether nothing is to be loaded, or being loaded, by the workers of a cell."""
+        if not 0 <= cell < len(self._cells):
+            return True
+        here = {w.member.id for w in workers if w.member.cell == cell}
+        return not self._cells[cell].assignment.num_missing and here.isdisjoint(self._book.loading)
 
     @property
     def num_moves(self) -> int:
@@ -105,26 +109,38 @@ class Distributor:
             wanted: How many of them are wanted in all cells.
             now_s: The time.
         """
+        cells = range(len(self._cells))
+        here = [[w for w in workers if w.enlisted and w.member.cell == cell] for cell in cells]
+        crews = [[w for w in workers_here if not w.leaving] for workers_here in here]
+        shares = shares_of(wanted, [len(crew) for crew in crews])
         batches: dict[MemberId, list[Load]] = {}
-        for number, (cell, share) in enumerate(
-            zip(self._cells, shares_of(wanted, len(self._cells)), strict=True)
-        ):
-            here = [w for w in workers if w.enlisted and w.member.cell == number]
-            batches |= self._due_in(cell, here, share, now_s)
+        for cell in cells:
+            batches |= self._due_in(self._cells[cell], here[cell], crews[cell], shares[cell], now_s)
         return batches
 
     def _due_in(
-        self, cell: _Cell, workers: Collection[Life], share: int, now_s: float
+        self,
+        cell: _Cell,
+        workers: Collection[Life],
+        crew: Collection[Life],
+        share: int,
+        now_s: float,
     ) -> Mapping[MemberId, list[Load]]:
-        crew = [w for w in workers if not w.leaving]
         complete = len(crew) >= share and all(w.is_settled for w in crew)
-        if complete:
-            cell.complete_s = now_s
-        elif not any(self._book.has_any(w.member.id) for w in workers):
-            return {}  # the first share goes to all that are coming, not to whoever is first
-        doubtful = frozenset(w.member.id for w in crew if is_suspect(w, self._options, now_s))
-        held_off = frozenset(w for w, until_s in self._held_off_s.items() if until_s > now_s)
         rescue_only = not complete and now_s < cell.complete_s + self._options.restore_s
+        if complete:
+            cell.complete_s, cell.was_complete = now_s, True
+        elif not any(self._book.has_any(w.member.id) for w in workers):
+            # The first share goes to all that are coming, not to whoever is first.
+            if not cell.was_complete:
+                return {}
+            if rescue_only:
+                cell.assignment = Assignment(num_missing=self._num_experts)
+                return {}
+        doubtful = frozenset(w.member.id for w in crew if is_suspect(w, self._options, now_s))
+        held_off = frozenset(
+            w.member.id for w in crew if self._held_off_s.get(w.member.id, now_s) > now_s
+        )
         if complete and not doubtful and not held_off:
             self._rebalance(cell, crew, now_s, calm=len(crew) == len(workers))
         state = (

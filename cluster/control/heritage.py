@@ -1,8 +1,12 @@
 """Whether a controller may go on where an earlier one's journal ends: pure."""
 
+from types import MappingProxyType
+
 from cluster.control.options import Desired
 from cluster.control.ports import Record
 from workers.placement import Placement
+
+_BEFORE = MappingProxyType({"control.cells": "1"})  # what older programs' records do not tell
 
 
 def usable(record: Record | None, desired: Desired, model: Placement) -> tuple[Record | None, str]:
@@ -14,7 +18,7 @@ def usable(record: Record | None, desired: Desired, model: Placement) -> tuple[R
         return None, ""
     differing = [
         f"{key} was {value}"
-        for key, value in record.fixed.items()
+        for key, value in {**_BEFORE, **record.fixed}.items()
         if desired.fixed.get(key, value) != value
     ]
     if not record.view.placement.is_like(model):

@@ -27,6 +27,7 @@ _OF_CONTROLLER = (
     "experts.standby",
     "gateways.standby",
     "experts.max",
+    "gateways.cell_ranks",
 )
 # Both ends of a link, or an answer from its first to its last token, must agree on these; and
 # workers' slots are counted for their cells.
@@ -37,6 +38,7 @@ _FIXED = (
     "dispatch.bit_stable",
     "control.cells",
 )
+_DTYPE = "the dtype (model.dtype, or whether anybody has a GPU)"
 _SECTIONS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.GATEWAY: ("gateways.", "dispatch.", "model.", "telemetry."),
@@ -97,13 +99,15 @@ def differences(before: ClusterConfig, after: ClusterConfig) -> Differences:
         else:
             kind = "by_rollout" if key in by_processes else "at_once"
         found[kind].append(f"{key}: {old.get(key)} -> {new[key]}")
+    if before.compute_dtype != after.compute_dtype and not found["never"]:
+        found["never"].append(f"{_DTYPE}: {before.compute_dtype} -> {after.compute_dtype}")
     return Differences(**{kind: tuple(texts) for kind, texts in found.items()})
 
 
 def fixed_values(config: ClusterConfig) -> Mapping[str, str]:
     """Return what can never change while a cluster runs, by its dotted key."""
     values = _flat(config)
-    return {key: str(values[key]) for key in _FIXED}
+    return {key: str(values[key]) for key in _FIXED} | {_DTYPE: config.compute_dtype}
 
 
 def _read_by(role: Role, keys: Iterable[str]) -> list[str]:

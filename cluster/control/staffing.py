@@ -1,11 +1,11 @@
 """Who to start, who to put to work and who to let go, so that as many serve as are wanted: pure."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from cluster.control.lifecycle import Life
+from cluster.control.lifecycle import Life, Phase
 from cluster.control.options import Desired
 from cluster.control.ports import NodeNeed
 from workers.errors import RefusedError
@@ -21,9 +21,14 @@ class Orders:
     dismiss: tuple[MemberId, ...] = ()
 
 
-def shares_of(count: int, cells: int) -> list[int]:
-    """Return how many of so many members each cell has: as many, or one more in the first ones."""
-    return [count // cells + (cell < count % cells) for cell in range(cells)]
+def shares_of(count: int, sizes: Sequence[int]) -> list[int]:
+    """Return how many of `count` members each cell is to have, by how many it has now.
+
+    As many each, and one more in the largest ones, so that nobody moves who need not.
+    """
+    cells = len(sizes)
+    largest = sorted(range(cells), key=lambda cell: (-sizes[cell], cell))
+    return [count // cells + (cell in largest[: count % cells]) for cell in range(cells)]
 
 
 def staff(
@@ -31,19 +36,27 @@ def staff(
 ) -> Orders:
     """Compare the members of a role with how many are wanted in each cell, and `standby` more.
 
-    Members that are leaving do not count, but keep their names. Those beyond the number leave in
-    reverse order: standbys first, then the latest names of a cell. Standbys are of no cell.
+    Members that are leaving do not count, but keep their names. Those beyond a cell's number leave,
+    the latest names first, once no other cell lacks any; then standbys, which are of no cell.
     """
     mine = [life for life in lives if life.role is role]
     staying = sorted((w for w in mine if not w.leaving), key=_seniority)
     taken = {life.member.id.name for life in mine}
     waiting = [w for w in staying if not w.enlisted]
+    enlisted = [
+        [w for w in staying if w.enlisted and w.member.cell == cell] for cell in range(cells)
+    ]
     vacancies: list[tuple[int, int]] = []  # how many the cell has by then, and the cell
     surplus: list[Life] = []
-    for cell, share in enumerate(shares_of(wanted, cells)):
-        here = [w for w in staying if w.enlisted and w.member.cell == cell]
+    lacks = False
+    shares = shares_of(wanted, [len(here) for here in enlisted])
+    for cell, (here, share) in enumerate(zip(enlisted, shares, strict=True)):
         vacancies += [(count, cell) for count in range(len(here), share)]
         surplus += here[share:]
+        serving = sum(w.phase is Phase.SERVE for w in here)
+        lacks = lacks or (len(here) <= share and serving < share)
+    if lacks:
+        surplus = []  # until those serve for whom they are too many
     missing = max(len(vacancies) + standby - len(waiting), 0)
     names = (f"{role.value}-{i}" for i in range(len(taken) + missing))
     free = (name for name in names if name not in taken)
@@ -68,7 +81,8 @@ def check_count(
         )
     cells = desired.cells if role is not Role.FRONT_DOOR else 1
     each = "" if cells == 1 else f" in each of {cells} cells"
-    fewest, most = shares_of(count, cells)[-1], shares_of(count, cells)[0]
+    fewest, most = count // cells, math.ceil(count / cells)
+    rises = count > wanted[role]
     if fewest < 1:
         raise RefusedError(f"{count} of role {role.value}: at least 1 must stay{each}")
     if is_experts and fewest * desired.num_slots < num_experts:
@@ -76,15 +90,16 @@ def check_count(
             f"{fewest} expert workers of {desired.num_slots} slots{each} cannot hold the "
             f"{num_experts} experts: coverage would break; start with experts.min set for so few"
         )
-    if is_experts and most > desired.max_workers:
+    if is_experts and rises and most > desired.max_workers:
         raise RefusedError(
             f"{most} expert workers{each}: a gateway rank has at most {desired.max_workers} links; "
-            "more cells (control.cells) keep to it"
+            "a cluster with more cells (control.cells) takes more"
         )
-    if role is Role.GATEWAY and wanted.get(Role.EXPERT_WORKER) and most > desired.max_gateways:
+    has_links = role is Role.GATEWAY and wanted.get(Role.EXPERT_WORKER)
+    if has_links and rises and most > desired.max_gateways:
         raise RefusedError(
-            f"{most} gateways{each}: an expert worker has links to at most "
-            f"{desired.max_gateways}; more cells (control.cells) keep to it"
+            f"{most} gateways{each}: an expert worker has links to {desired.max_gateways} at most; "
+            "a cluster with more cells (control.cells) takes more"
         )
 
 

@@ -76,8 +76,8 @@ def open_pair(transport, device, **changes):
 
     def accept():
         client = LinkStore.connect(f"{HOST}:{store.port}", WAIT_S)
-        offered = opener.await_offer(client, "key", 1, stop)
-        return opener.accept(client, "key", 1, offered, "")
+        attempt, offered = opener.await_offer(client, "key", 1, stop)
+        return opener.accept(client, "key", attempt, offered, "")
 
     worker = in_thread(accept)
     gateway = opener.offer(store.clone(), "key", 1, terms, stop)
@@ -245,20 +245,28 @@ def test_refused_terms_are_told_to_both_sides():
     stop = threading.Event()
     offer = in_thread(lambda: opener.offer(store.clone(), "key", 1, make_terms(), stop))
     client = LinkStore.connect(f"{HOST}:{store.port}", WAIT_S)
-    terms = opener.await_offer(client, "key", 1, stop)
+    _, terms = opener.await_offer(client, "key", 1, stop)
     with pytest.raises(DispatchError, match="too wide"):
         opener.accept(client, "key", 1, terms, "too wide")
     with pytest.raises(DispatchError, match="too wide"):
         offer()
 
 
-def test_an_offer_waits_until_it_is_not_wanted():
+def test_an_offer_waits_until_it_is_not_wanted_and_is_passed_over_from_then_on():
     store = LinkStore.serve(HOST, WAIT_S)
     opener = LinkOpener(HOST, "cpu", WAIT_S, SystemClock())
     stop = threading.Event()
     offer = in_thread(lambda: opener.offer(store.clone(), "key", 1, make_terms(), stop))
     time.sleep(0.1)
     stop.set()
+    assert offer() is None
+
+    again = threading.Event()
+    offer = in_thread(lambda: opener.offer(store.clone(), "key", 2, make_terms(), again))
+    client = LinkStore.connect(f"{HOST}:{store.port}", WAIT_S)
+    attempt, _ = opener.await_offer(client, "key", 1, again)
+    assert attempt == 2
+    again.set()
     assert offer() is None
 
 
@@ -271,7 +279,7 @@ def serve_and_die(port, pipe):
     """The worker's end in a process: receives once, then waits to be killed."""
     opener = LinkOpener(HOST, "cpu", WAIT_S, SystemClock())
     client = LinkStore.connect(f"{HOST}:{port}", WAIT_S)
-    terms = opener.await_offer(client, "key", 1, threading.Event())
+    _, terms = opener.await_offer(client, "key", 1, threading.Event())
     link = opener.accept(client, "key", 1, terms, "")
     link.receive(link.request_frame())
     pipe.send("received")

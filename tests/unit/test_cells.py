@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.control.ports import ProcessId
 from cluster.control.staffing import shares_of
 from tests.unit.test_controller import Bench
 from workers.errors import RefusedError
@@ -106,18 +107,23 @@ def test_both_ends_agree_and_what_is_served_anywhere_is_served_everywhere(worker
     )
     for one in gateways:
         mine = view.within(one.cell)
-        assert mine.uncovered() == view.uncovered()
+        if one.cell == NO_CELL:
+            assert {m.cell for m in mine.with_role(Role.EXPERT_WORKER)} <= {NO_CELL}
+        else:
+            assert mine.uncovered() == view.uncovered()
         for member in view.with_role(Role.EXPERT_WORKER):
             calls = member.id.name in names(mine)
             assert calls == (one in view.callers_of(member.id))
 
 
-@given(st.integers(0, 40), st.integers(1, 7))
-def test_shares_are_even_and_come_to_the_whole(count: int, cells: int) -> None:
-    shares = shares_of(count, cells)
+@given(st.integers(0, 40), st.lists(st.integers(0, 9), min_size=1, max_size=7))
+def test_shares_are_even_come_to_the_whole_and_leave_the_largest_cells_most(count, sizes) -> None:
+    shares = shares_of(count, sizes)
 
     assert sum(shares) == count
     assert max(shares) - min(shares) <= 1
+    pairs = list(zip(sizes, shares, strict=True))
+    assert all(a >= b for n, a in pairs for m, b in pairs if n > m)
 
 
 def sizes(bench: Bench, role: Role = Role.EXPERT_WORKER) -> Counter[int]:
@@ -153,7 +159,10 @@ def test_a_dead_worker_is_replaced_in_its_own_cell() -> None:
     bench.runtime.die(bench.runtime.named(lost.id.name)[0])
     bench.controller.tick()
 
-    assert bench.view.uncovered() == []  # the other cell lends
+    assert bench.view.within(1).uncovered() == []  # the other cell lends
+    (other,) = [m for m in bench.view.with_role(Role.GATEWAY) if m.cell == 1]
+    lenders = [m for m in bench.view.serving_workers() if m.cell == 0]
+    assert any(other in bench.view.callers_of(m.id) for m in lenders)
     bench.ticks(30)
     assert sizes(bench) == {0: 2, 1: 2}
     assert whole(bench)
@@ -173,20 +182,82 @@ def test_a_standby_is_of_no_cell_until_one_calls_it_up() -> None:
     assert whole(bench)
 
 
-def test_fewer_workers_leave_the_fuller_cell_and_a_drain_is_made_even() -> None:
-    bench = Bench(workers=6, gateways=2, cells=2)
+@pytest.mark.parametrize("role", [Role.EXPERT_WORKER, Role.GATEWAY])
+@pytest.mark.parametrize("cell", [0, 1])
+def test_a_drained_member_is_not_replaced_and_nobody_else_moves(role: Role, cell: int) -> None:
+    bench = Bench(workers=6, gateways=4, cells=2)
     bench.ticks(20)
+    before = {m.id for m in bench.view.members}
+    drained = next(m for m in bench.view.with_role(role) if m.cell == cell)
 
-    bench.controller.scale(Role.EXPERT_WORKER, 5)
+    bench.controller.drain(drained.id.name)
     bench.ticks(30)
-    assert sizes(bench) == {0: 3, 1: 2}
+
+    assert {m.id for m in bench.view.members} == before - {drained.id}
     assert whole(bench)
 
-    small = next(m for m in bench.view.serving_workers() if m.cell == 1)
-    bench.controller.drain(small.id.name)
+
+def test_cells_that_drains_left_uneven_are_made_even_without_room_for_one_more() -> None:
+    bench = Bench(workers=6, gateways=2, cells=2)
+    bench.ticks(20)
+    first, second = [m for m in bench.view.serving_workers() if m.cell == 1][:2]
+
+    bench.controller.drain(first.id.name)
+    bench.controller.drain(second.id.name)
+    bench.ticks(10)
+    gone = {m.id for m in bench.view.members}
+    assert first.id not in gone or second.id not in gone  # one place is free for a successor
     bench.ticks(60)
+
     assert sizes(bench) == {0: 2, 1: 2}
-    assert small.id not in {m.id for m in bench.view.members}
+    assert whole(bench)
+
+
+def test_a_cell_whose_workers_have_all_died_does_not_wait_for_the_last_successor() -> None:
+    bench = Bench(workers=4, gateways=2, cells=2)
+    bench.ticks(20)
+    lost = [m for m in bench.view.serving_workers() if m.cell == 1]
+    for member in lost:
+        bench.runtime.die(bench.runtime.named(member.id.name)[0])
+    stuck = MemberId(lost[0].id.name, lost[0].id.incarnation + 1)
+    bench.runtime.mute.add((ProcessId(stuck), "open"))
+
+    bench.ticks(20)
+    assert bench.controller.status().rebalancing_s > 0
+    bench.ticks(120)
+
+    assert sizes(bench) == {0: 2, 1: 1}
+    assert whole(bench)
+
+
+def test_a_cell_drains_while_another_still_loads() -> None:
+    bench = Bench(workers=6, gateways=2, cells=2)
+    bench.ticks(20)
+    loading = next(m for m in bench.view.serving_workers() if m.cell == 0)
+    bench.runtime.die(bench.runtime.named(loading.id.name)[0])
+    bench.controller.tick()
+    for process in list(bench.runtime.specs):
+        bench.runtime.mute.add((process, "load"))  # nobody finishes a load any more
+    leaving = next(m for m in bench.view.serving_workers() if m.cell == 1)
+    for process in bench.runtime.specs:
+        cell = bench.view.cell_of(process.member)
+        if cell == 1:
+            bench.runtime.mute.discard((process, "load"))
+
+    bench.controller.drain(leaving.id.name)
+    bench.ticks(60)
+
+    assert leaving.id not in {m.id for m in bench.view.members}
+
+
+def test_fewer_workers_leave_the_fuller_cell() -> None:
+    bench = Bench(workers=5, gateways=2, cells=2)
+    bench.ticks(20)
+
+    bench.controller.scale(Role.EXPERT_WORKER, 4)
+    bench.ticks(30)
+
+    assert sizes(bench) == {0: 2, 1: 2}
     assert whole(bench)
 
 

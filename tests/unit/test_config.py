@@ -117,8 +117,11 @@ def test_the_control_plane_imports_no_torch() -> None:
     [
         (["experts.workers=5", "experts.max=2", "control.cells=2", "gateways.count=2"],
          "experts.workers: 5 is above 4"),
-        (["gateways.count=2", "gateways.tensor_parallel=2", "experts.max=3"],
+        (["gateways.count=2", "gateways.tensor_parallel=2", "gateways.cell_ranks=3"],
          "gateways.count: 2 is above 1"),
+        (["experts.max=129"], "experts.max: .* less than or equal to 128"),
+        (["control.cells=2", "gateways.count=2", "experts.workers=4", "experts.min=1"],
+         "experts.min: 1 is too few for 2 cells"),
         (["autoscaler.experts.max=200"], "autoscaler.experts.max: 200 is above 128"),
         (["control.cells=2"], "gateways.count: 1 is too few for 2 cells"),
         (["control.cells=3", "gateways.count=3"], "experts.workers: 2 is too few for 3 cells"),

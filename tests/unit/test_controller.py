@@ -693,8 +693,12 @@ def test_a_journal_of_another_model_is_not_gone_on_from() -> None:
 
 @pytest.mark.parametrize(
     "different",
-    [{"model": Placement("another", LAYERS, EXPERTS)}, {"fixed": {"dispatch.bit_stable": "True"}}],
-    ids=["model", "setting"],
+    [
+        {"model": Placement("another", LAYERS, EXPERTS)},
+        {"fixed": {"dispatch.bit_stable": "True"}},
+        {"fixed": {"dispatch.bit_stable": "False", "control.cells": "2"}},
+    ],
+    ids=["model", "setting", "cells"],
 )
 def test_members_of_another_cluster_are_left_alone_and_the_reason_is_told(different) -> None:
     bench = Bench(fixed={"dispatch.bit_stable": "False"})

@@ -1,5 +1,7 @@
 """What of a changed configuration is taken on at once, by a rollout, or never."""
 
+import pickle
+
 import pytest
 
 from cluster.config import ClusterConfig, load_config
@@ -28,6 +30,7 @@ def changed(*settings: str) -> ClusterConfig:
         ("experts.standby=1", "at_once"),
         ("experts.min=1", "at_once"),
         ("control.lost_s=30", "at_once"),
+        ("gateways.cell_ranks=64", "at_once"),
         ("experts.threads=2", "by_rollout"),
         ("experts.slots=400", "by_rollout"),
         ("experts.resources={expert_slot: 1}", "by_rollout"),
@@ -54,6 +57,30 @@ def test_a_section_of_settings_is_compared_by_its_keys():
     assert [text.partition(":")[0] for text in found.by_rollout] == [
         "front_doors.tls.cert", "front_doors.tls.client_ca", "front_doors.tls.key",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["gateways", "experts"])
+def test_gpus_that_would_change_the_dtype_of_one_role_alone_are_refused(role):
+    found = differences(BEFORE, changed(f"{role}.num_gpus=1"))
+
+    (text,) = found.never
+    assert text.endswith("float32 -> bfloat16")
+    assert (
+        differences(
+            changed("model.dtype=float32"), changed("model.dtype=float32", f"{role}.num_gpus=1")
+        ).never
+        == ()
+    )
+
+
+def test_what_an_older_program_has_pickled_has_the_keys_that_it_did_not_know():
+    older = load_config(None, ["control.lost_s=30"])
+    del older.control.__dict__["cells"]
+
+    read = pickle.loads(pickle.dumps(older))
+
+    assert (read.control.cells, read.control.lost_s) == (1, 30)
+    assert differences(read, changed("control.lost_s=30")) == Differences()
 
 
 def test_nothing_differs_from_itself():

@@ -28,7 +28,7 @@ from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Pairs, Re
 from workers.dispatch.roster import Roster
 from workers.dispatch.rows import StagedReply, sum_by_expert, sum_partials, summed_masks
 from workers.dispatch.tally import LoadReport, LoadTally
-from workers.errors import DeadlineError, DispatchError, LinkClosedError, RefusedError
+from workers.errors import DeadlineError, DispatchError, LinkClosedError
 from workers.placement import NO_CELL, MemberId, MemberState, Role, View
 
 __all__ = ["DispatchOptions", "LinkDispatcher", "MessageShape"]
@@ -89,17 +89,23 @@ class LinkDispatcher:
     def adopt(self, view: View) -> None:
         """Take a View if it is newer than the one held. Any thread.
 
-        Raises RefusedError when the cell has more workers than this process may have links. What is
-        borrowed from other cells beyond that number is not linked to.
+        Where it has more workers than this process may have links, its own cell's serving ones come
+        first, then those to come, standbys, and what is borrowed; of each, those that have a link.
         """
         cell, most = view.cell_of(self._member), self._options.max_links
         mine = view.within(cell)
         members = [m for m in mine.with_role(Role.EXPERT_WORKER) if m.state in _LINKED]
-        borrowed = [m.id for m in members if cell is not None and m.cell not in {cell, NO_CELL}]
-        linked = [m.id for m in members if m.id not in borrowed]
-        if len(linked) > most:
-            raise RefusedError(f"{len(linked)} expert workers for {most} links")
-        linked += borrowed[: most - len(linked)]
+        members.sort(
+            key=lambda m: (
+                m.cell not in {cell, NO_CELL},
+                m.cell == NO_CELL,
+                not m.serves,
+                m.id not in self._links.peers,
+            )
+        )
+        linked = [m.id for m in members[:most]]
+        if len(linked) < len(members):
+            log.warning("%d expert workers for %d links", len(members), most)
         index = ReplicaIndex(mine)
         with self._adopting:
             if self._closed or not self._roster.adopt(index):
@@ -279,16 +285,18 @@ class LinkDispatcher:
             peer.suspect = True
             self._counters["suspicions"] += 1
             self._roster.changed()
-        if all(group.dropped for group in attempt.groups) and self._may_hedge(call, attempt, now_s):
+        may_hedge = all(group.dropped for group in attempt.groups)
+        if may_hedge and self._may_hedge(call, attempt, peer.open, now_s):
             self._counters["hedges"] += 1
             call.state.hedge(attempt)
 
-    def _may_hedge(self, call: OpenCall, attempt: Attempt, now_s: float) -> bool:
+    def _may_hedge(
+        self, call: OpenCall, attempt: Attempt, own: OpenLink | None, now_s: float
+    ) -> bool:
         """Whether others hold all of an attempt's experts, are no busier, and the budget allows."""
         planner = self._roster.planner(self._links.peers, now_s)
         if planner is None or not planner.serves(call.state.layer, attempt.pairs.ids_RK):
             return False
-        own = self._links.peers[attempt.worker].open
         plan = planner.plan(call.state.layer, attempt.pairs.ids_RK)
         others = [self._roster.peer(planned.worker).open for planned in plan.calls]
         if own is None or any(o is None or o.num_calls > own.num_calls for o in others):

@@ -10,6 +10,8 @@ from workers.errors import ConfigError, DispatchError
 
 MAX_TOP_K = 32  # a reply names the experts of a row in one 32-bit mask
 
+MAX_LINKS = 128  # of a process: each is a connection, threads and buffers
+
 
 class Transport(Enum):
     """What carries the rows: Gloo over host memory, or NCCL between GPUs."""
@@ -54,7 +56,7 @@ class DispatchOptions:
     reconnect_s: float = 0.05
     max_reconnect_s: float = 2.0
     stale_retry_s: float = 0.2
-    max_links: int = 128
+    max_links: int = MAX_LINKS
     hedge_share: float = 0.05
     payload_checksum: bool = False
 

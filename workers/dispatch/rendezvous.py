@@ -104,6 +104,9 @@ def link_key(gateway: MemberId, rank: int, worker: MemberId) -> str:
     return f"{gateway}/{rank}/{worker}"
 
 
+_WITHDRAWN = ""  # what an offer becomes that the gateway no longer waits for
+
+
 class LinkOpener:
     """Opens links of one process; owns the one Gloo device (an epoll thread) that they share."""
 
@@ -125,6 +128,7 @@ class LinkOpener:
         store.set(f"{key}/offer/{attempt}", terms.to_json())
         answer = store.get(f"{key}/accept/{attempt}", stop)
         if answer is None:
+            store.set(f"{key}/offer/{attempt}", _WITHDRAWN)
             return None
         if answer:
             raise DispatchError(f"the worker refused the link: {answer}")
@@ -132,13 +136,14 @@ class LinkOpener:
 
     def await_offer(
         self, store: LinkStore, key: str, attempt: int, stop: threading.Event
-    ) -> LinkTerms | None:
-        """Wait for an attempt to be offered; None when `stop` is set before.
+    ) -> tuple[int, LinkTerms] | None:
+        """Wait for an attempt, or a later one, to be offered; None when `stop` is set before.
 
         Raises LinkClosedError when the gateway is gone.
         """
-        offered = store.get(f"{key}/offer/{attempt}", stop)
-        return None if offered is None else LinkTerms.from_json(offered)
+        while (offered := store.get(f"{key}/offer/{attempt}", stop)) == _WITHDRAWN:
+            attempt += 1
+        return None if offered is None else (attempt, LinkTerms.from_json(offered))
 
     def accept(
         self, store: LinkStore, key: str, attempt: int, terms: LinkTerms, refusal: str

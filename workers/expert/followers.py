@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 
 from workers.clock import Clock
-from workers.dispatch.options import LinkTerms
+from workers.dispatch.options import MAX_LINKS, LinkTerms
 from workers.dispatch.rendezvous import LinkOpener, LinkStore, link_key
 from workers.errors import DispatchError, LinkClosedError
 from workers.expert.served_link import Call, ServedLink
-from workers.placement import MemberId, View
+from workers.placement import Member, MemberId, Role, View
 
 _STORE_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.05
@@ -25,6 +25,10 @@ _JOIN_S = 3.0
 GatewayRank = tuple[MemberId, int, str]  # gateway, rank, address of its store
 
 log = logging.getLogger(__name__)
+
+
+def _ranks_of(gateway: Member) -> list[GatewayRank]:
+    return [(gateway.id, rank, store) for rank, store in enumerate(gateway.stores) if store]
 
 
 class Followers:
@@ -60,17 +64,22 @@ class Followers:
         return len(self._served)
 
     def adopt(self, view: View) -> None:
-        """Follow exactly the gateway ranks that may call it by a View newer than the last one."""
-        wanted: set[GatewayRank] = {
-            (member.id, rank, store)
-            for member in view.callers_of(self._worker)
-            for rank, store in enumerate(member.stores)
-            if store
-        }
+        """Follow the gateway ranks that may call it by a View newer than the last one.
+
+        Those of its own cell come first where a process may not have so many links. A gateway that
+        has borrowed from it is followed for as long as it lives: it ends its links itself, when no
+        call is under way any more.
+        """
         with self._lock:
             if self._closed or view.order <= self._order:
                 return
             self._order = view.order
+            cell = view.cell_of(self._worker)
+            callers = sorted(view.callers_of(self._worker), key=lambda m: (m.cell != cell, m.id))
+            alive = {rank for member in view.with_role(Role.GATEWAY) for rank in _ranks_of(member)}
+            known = [gateway for gateway in self._dropped if gateway in alive]
+            ranks = [rank for member in callers for rank in _ranks_of(member)]
+            wanted = set(list(dict.fromkeys([*ranks, *known]))[:MAX_LINKS])
             for gone in self._dropped.keys() - wanted:
                 self._dropped.pop(gone).set()
             for gateway in sorted(wanted - self._dropped.keys()):
@@ -125,11 +134,11 @@ class Followers:
         Raises LinkClosedError when the store is gone.
         """
         member, rank, _ = gateway
-        attempt = self._attempts.get(gateway, 0) + 1
         key = link_key(member, rank, self._worker)
-        terms = self._opener.await_offer(store, key, attempt, dropped)
-        if terms is None:
+        offered = self._opener.await_offer(store, key, self._attempts.get(gateway, 0) + 1, dropped)
+        if offered is None:
             return current
+        attempt, terms = offered
         self._attempts[gateway] = attempt
         if current is not None:
             current.link.close()

@@ -118,7 +118,9 @@ class SimWorker(SimProcess):
     def adopt(self, view: View) -> None:
         super().adopt(view)
         if view.order == self.order:
-            self._gateways = frozenset(m.id for m in view.with_role(Role.GATEWAY) if m.stores)
+            known = self._gateways & {m.id for m in view.with_role(Role.GATEWAY)}
+            callers = {m.id for m in view.callers_of(self.member) if m.stores}
+            self._gateways = frozenset(known | callers)
 
     def load(self, assignment: dict[ExpertId, int]) -> None:
         while self._loading:  # one at a time, as the production's lock has it
