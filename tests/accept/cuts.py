@@ -56,7 +56,11 @@ async def cut(saboteur: Saboteur, host: Host, length_s: float) -> None:
     async with saboteur.fault(f"cut {length_s:g} s", (host.address,)):
         host.cut()
         await asyncio.sleep(length_s)
+        status = await saboteur.status()
         host.mend()
+        if status is not None:
+            silent_s = {m.name: round(m.silent_s, 1) for m in status.members if m.suspect}
+            print(f"  silent for: {silent_s}; {'; '.join(status.reasons)}", flush=True)
     still_beside, still_away = await workers(saboteur)
     after = still_beside | still_away
     print(f"  {sorted(beside)} and {sorted(away)} are {sorted(still_beside)} and "
