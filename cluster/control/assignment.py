@@ -47,13 +47,14 @@ def assign(
     if not ready:
         return Assignment()
     serving = any(w.phase is Phase.SERVE for w in ready)
+    seats = seats_of(crew)
     try:
         loads = plan_loads(
             book.model,
-            seats_of(crew),
+            seats,
             book.held(),
             floor=floor,
-            fixed=book.loading,
+            fixed={worker: slots for worker, slots in book.loading.items() if worker in seats},
             doubtful=doubtful,
             rescue_only=rescue_only,
             wanted=wanted,

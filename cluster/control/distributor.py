@@ -169,7 +169,8 @@ class Distributor:
     def _rebalance(self, cell: _Cell, crew: Collection[Life], now_s: float, *, calm: bool) -> None:
         """Have replicas lie elsewhere if the load says that it pays."""
         seats = seats_of(crew)
-        calm = calm and not self._book.loading and not cell.assignment.num_missing
+        loads = not seats.keys().isdisjoint(self._book.loading)
+        calm = calm and not loads and not cell.assignment.num_missing
         if not cell.rebalancer.is_due(seats, calm=calm, now_s=now_s):
             return
         taken = cell.rebalancer.consider(seats, self._book.held(), floor=self._floor, now_s=now_s)
