@@ -282,6 +282,20 @@ class SimGateway(SimProcess):
             )
 
     @property
+    def deadline_s(self) -> float:
+        """The longest that a call under way may take before its worker is suspect.
+
+        Workers that were slow lately, and calls before it, have taught it to wait.
+        """
+        allowed_s = [0.0]
+        for call in self.dispatcher._outbox.calls:
+            for attempt in call.state.outstanding.values():
+                peer = self.links.peers.get(attempt.worker)
+                if peer is not None and not peer.suspect:
+                    allowed_s.append(attempt.deadline_s - attempt.sent_s)
+        return max(allowed_s)
+
+    @property
     def is_done(self) -> bool:
         return self.steps_done >= self.num_steps
 
@@ -316,6 +330,7 @@ class SimGateway(SimProcess):
             self.simulator.sleep(draw.choice((0.0, 0.01, 0.1, 0.25)))
             self.step_since_s = self.simulator.now_s()
             self._step(draw.randrange(self._num_layers), draw.randrange(1, 4))
+            self.step_since_s = 0.0
             self.steps_done += 1
 
     def _step(self, layer: int, num_rows: int) -> None:
