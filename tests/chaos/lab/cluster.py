@@ -371,7 +371,7 @@ class SimCluster:
         elif fault in {"freeze", "freeze and kill"}:
             victim.is_frozen = True
             ending = (lambda: self.end(victim.process)) if "kill" in fault else victim.thaw
-            simulator.after(length_s, ending)
+            simulator.after(2 * length_s, ending)
         elif fault == "disown":
             victim.disown(length_s)
         elif fault == "slow":

@@ -19,6 +19,7 @@ from workers.placement import ExpertId, MemberId, Role, View
 
 EMPTY = None
 LEASE_S = 5.0
+LONGEST_DEADLINE_S = 3.0  # that slow workers may teach; beyond it something is wrong
 
 
 class ViolationError(AssertionError):
@@ -293,7 +294,7 @@ class SimGateway(SimProcess):
                 peer = self.links.peers.get(attempt.worker)
                 if peer is not None and not peer.suspect:
                     allowed_s.append(attempt.deadline_s - attempt.sent_s)
-        return max(allowed_s)
+        return min(max(allowed_s), LONGEST_DEADLINE_S)
 
     @property
     def is_done(self) -> bool:

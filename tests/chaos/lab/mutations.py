@@ -184,7 +184,7 @@ def no_deadline() -> Any:
 
 def no_hedge() -> Any:
     """I10: a call waits for a suspect worker although others hold its experts."""
-    return replaced(LinkDispatcher, "_may_hedge", lambda self, call, attempt, now_s: False)
+    return replaced(LinkDispatcher, "_may_hedge", lambda *_: False)
 
 
 def hold_parked_rows() -> Any:
