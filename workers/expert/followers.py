@@ -67,8 +67,8 @@ class Followers:
         """Follow the gateway ranks that may call it by a View newer than the last one.
 
         Those of its own cell come first where a process may not have so many links. A gateway that
-        has borrowed from it is followed for as long as it lives: it ends its links itself, when no
-        call is under way any more.
+        has borrowed from it is followed for as long as it lives, and ends its links itself: this
+        end, which may hear of the View first, would cut off calls that have nowhere else to go yet.
         """
         with self._lock:
             if self._closed or view.order <= self._order:
