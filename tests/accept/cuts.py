@@ -58,9 +58,10 @@ async def cut(saboteur: Saboteur, host: Host, length_s: float) -> None:
         await asyncio.sleep(length_s)
         status = await saboteur.status()
         host.mend()
-        if status is not None:
-            silent_s = {m.name: round(m.silent_s, 1) for m in status.members if m.suspect}
-            print(f"  silent for: {silent_s}; {'; '.join(status.reasons)}", flush=True)
+        if status is None:
+            raise ChangedError("the controller does not answer: it was cut off, too")
+        silent_s = {m.name: round(m.silent_s, 1) for m in status.members if m.suspect}
+        print(f"  silent for: {silent_s}; {'; '.join(status.reasons)}", flush=True)
     still_beside, still_away = await workers(saboteur)
     after = still_beside | still_away
     print(f"  {sorted(beside)} and {sorted(away)} are {sorted(still_beside)} and "
@@ -100,6 +101,9 @@ def run_inside(options: argparse.Namespace) -> bool:
             "--set", "experts.resources={expert_slot: 1}",
             "--set", "gateways.resources={gateway: 1}",
             "--set", "front_doors.resources={frontdoor: 1}",
+            # Hosts that share a disk: Ray may join this command to either's node. A controller on
+            # the far one would be cut off from most members, and rightly give nobody up.
+            "--set", "control.resources={gateway: 1}",
         ]  # fmt: skip
         print(f"seed {options.seed}; expertmesh serve {' '.join(command)}", flush=True)
         with served(*command, host=near.address, inside=near.inside) as cluster:
