@@ -92,6 +92,7 @@ def start_controller(
     if resources:
         options["resources"] = dict(resources)
     else:
+        options["memory"] = 1  # of an actor that asks for nothing Ray draws the node at random
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_name(), soft=True)
     try:
         actor: Any = ray.remote(body).options(**options).remote(*arguments)

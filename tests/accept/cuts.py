@@ -101,9 +101,6 @@ def run_inside(options: argparse.Namespace) -> bool:
             "--set", "experts.resources={expert_slot: 1}",
             "--set", "gateways.resources={gateway: 1}",
             "--set", "front_doors.resources={frontdoor: 1}",
-            # Hosts that share a disk: Ray may join this command to either's node. A controller on
-            # the far one would be cut off from most members, and rightly give nobody up.
-            "--set", "control.resources={gateway: 1}",
         ]  # fmt: skip
         print(f"seed {options.seed}; expertmesh serve {' '.join(command)}", flush=True)
         with served(*command, host=near.address, inside=near.inside) as cluster:

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from cluster.config import ray_environment
 from cluster.control.ports import Died, ProcessId, ProcessSpec, Raised, Returned
+from tests.cluster.harness_head import ray_head
 from tests.fake_runtime import FakeRuntime
 from workers.clock import SystemClock
 from workers.placement import MemberId, Role
@@ -138,3 +141,42 @@ def test_a_gang_of_ranks_gets_its_environment(ray_cluster) -> None:
     for rank in ranks:
         runtime.kill(rank)
     assert all(isinstance(e, Died) for e in events_until(runtime, 2))
+
+
+# Ray belongs to a process, and this cluster has two nodes.
+CONTROLLERS = """
+import sys
+from cluster.config import ray_environment
+ray_environment()
+import ray
+from cluster.runtime.controller import start_controller
+from cluster.runtime.nodes import node_name
+from cluster.runtime.session import ray_session
+
+class Body:
+    def node(self):
+        return node_name()
+
+with ray_session(sys.argv[1], logs_to_console=False, num_gpus=0):
+    assert len(ray.nodes()) == 2
+    for number in range(8):
+        controller = start_controller(Body, name=f"controller-{number}")
+        print(controller.call("node") == node_name())
+        controller.end()
+"""
+
+
+@pytest.mark.ray
+def test_a_controller_that_names_no_node_runs_where_it_was_started_from() -> None:
+    with ray_head("memory") as head:
+        head.join("127.0.0.2", {}, ())
+        ended = subprocess.run(
+            [sys.executable, "-c", CONTROLLERS, head.address],
+            env=dict(head.environment),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.stdout.split() == ["True"] * 8
