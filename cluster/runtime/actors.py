@@ -3,10 +3,14 @@
 import contextlib
 import importlib
 import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import ray
@@ -35,6 +39,7 @@ from workers.clock import Clock
 
 _LOOK_AT_NODES_S = 1.0
 _ASK_AGAIN_S = 0.2
+_LEAST_PRIORITY = 19  # Ray runs its processes at 15
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
@@ -48,7 +53,7 @@ class _Host:
         module, _, name = body.partition(":")
         self._fence = Fence()
         self._watched = threading.Event()
-        self._body = getattr(importlib.import_module(module), name)(*arguments)
+        self._body = getattr(_import_meekly(module), name)(*arguments)
 
     def call(self, term: int, method: str, *arguments: object) -> object:
         """Call a method of the body, for a controller that has not been superseded."""
@@ -64,6 +69,20 @@ class _Host:
         mine = self._watched
         before.set()
         mine.wait()
+
+
+def _import_meekly(module: str) -> ModuleType:
+    """Import a module with less priority than those that serve: torch takes a core for seconds.
+
+    In a thread of its own, since niceness is a thread's on Linux and only root may lower it again.
+    """
+    with ThreadPoolExecutor(1, initializer=_yield_to_others) as pool:
+        return pool.submit(importlib.import_module, module).result()
+
+
+def _yield_to_others() -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
 
 
 @dataclass(slots=True)

@@ -1,6 +1,9 @@
 """A body for tests of the runtime: answers, raises, waits."""
 
 import os
+import threading
+
+NICENESS = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())  # while it is imported
 
 
 class EchoBody:
@@ -15,6 +18,9 @@ class EchoBody:
 
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
+
+    def niceness(self) -> tuple[int, int]:
+        return NICENESS, os.getpriority(os.PRIO_PROCESS, os.getpid())
 
 
 class UnbornBody:

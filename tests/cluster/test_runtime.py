@@ -143,6 +143,20 @@ def test_a_gang_of_ranks_gets_its_environment(ray_cluster) -> None:
     assert all(isinstance(e, Died) for e in events_until(runtime, 2))
 
 
+@pytest.mark.ray
+def test_a_process_that_starts_yields_to_those_that_serve(ray_cluster) -> None:
+    from cluster.runtime.actors import RayRuntime
+
+    runtime = RayRuntime(SystemClock())
+    runtime.spawn(spec(TWO))
+    runtime.call(TWO, 1, "niceness")
+
+    (event,) = events_until(runtime, 1)
+    while_it_was_imported, now = event.value
+    runtime.kill(TWO)
+    assert while_it_was_imported == 19 > now
+
+
 # Ray belongs to a process, and this cluster has two nodes.
 CONTROLLERS = """
 import sys
