@@ -207,7 +207,7 @@ class Flight:
 
     def _lost(self) -> None:
         assert self._session is not None
-        self._tenure.lost_at(self._session.member.id)
+        self._tenure.lost_at(self._session.member.id, sum(map(len, self._emitted)))
         self._session, self._is_admitted = None, True
 
     def _refuse(self, error: ExpertmeshError) -> None:

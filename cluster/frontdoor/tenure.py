@@ -10,6 +10,8 @@ from cluster.ownership.directory import GRANT, Claim
 from workers.errors import ExpertmeshError
 from workers.placement import MemberId
 
+_HARMLESS_TOKENS = 16  # whoever has come so far since one death is not blamed for it after another
+
 
 class Tenure:
     """Begins with a grant of the directory, and ends when the call does or another one has a grant.
@@ -49,6 +51,7 @@ class Tenure:
         self._former: tuple[str, int] | None = None  # a gateway that may still hold an assignment
         self._lost_at: set[MemberId] = set()
         self._earlier_deaths = 0  # which another call has counted
+        self._tokens_at_loss = sum(map(len, request.emitted))
         self._has_begun = False
 
     @property
@@ -68,7 +71,7 @@ class Tenure:
 
     @property
     def num_deaths(self) -> int:
-        """How many gateways died with the request; one that is back has not died."""
+        """How many gateways died with the request in a row; one that is back has not died."""
         gone = sum(self._pool.is_gone(gateway) for gateway in self._lost_at)
         return self._earlier_deaths + gone
 
@@ -109,8 +112,19 @@ class Tenure:
             former.let_go(self._claim.request_id, self._former[1])
         self._former = None
 
-    def lost_at(self, gateway: MemberId) -> None:
-        """Note that the gateway of the newest submission can no longer be reached."""
+    def lost_at(self, gateway: MemberId, num_tokens: int) -> None:
+        """Note that the gateway of the newest submission can no longer be reached.
+
+        A request that has brought tokens since the loss before was not that one's cause: what kills
+        a gateway does so again where it did before.
+
+        Args:
+            gateway: The gateway.
+            num_tokens: Of all its sequences, so far.
+        """
+        if num_tokens - self._tokens_at_loss >= _HARMLESS_TOKENS:
+            self._lost_at, self._earlier_deaths = set(), 0
+        self._tokens_at_loss = num_tokens
         self._lost_at.add(gateway)
         self._former = (str(gateway), self.assignment)
 

@@ -140,7 +140,6 @@ def command_of(options: argparse.Namespace) -> list[str]:
         "--set", f"experts.floor={options.floor}", "--set", "experts.min=1",
         "--set", f"experts.standby={options.standby}",
         "--set", f"dispatch.bit_stable={str(options.bit_stable).lower()}",
-        "--set", "gateways.max_deaths=1000",  # it is the run that kills them, no request
     ]  # fmt: skip
 
 

@@ -220,7 +220,7 @@ def main() -> None:
     options = arguments()
     bit_stable = options.bit_stable or options.what == "indices"
     command = [
-        "--model", "demo", "--allow-chaos", "--set", "gateways.max_deaths=1000",
+        "--model", "demo", "--allow-chaos",
         "--gateways", str(options.gateways), "--tensor-parallel", str(options.tensor_parallel),
         "--expert-workers", str(options.workers),
         "--set", f"gateways.snapshot_tokens={options.snapshot_tokens}",

@@ -121,7 +121,7 @@ async def test_the_gateway_before_lets_go_when_another_one_has_the_request() -> 
     mine.submitted(new)
     assert (old.freed, mine.claim.owner) == ([GRANT + 4], "new.1")
 
-    mine.lost_at(new.member.id)
+    mine.lost_at(new.member.id, 0)
     mine.count()
     mine.submitted(new)  # it is back: it goes on there
     assert new.freed == []
@@ -132,7 +132,7 @@ async def test_only_gateways_that_stay_away_have_died() -> None:
     mine = tenure(pool, Directories())
     await mine.begin()
     for number in range(3):
-        mine.lost_at(MemberId("gateway", number))
+        mine.lost_at(MemberId("gateway", number), 15)
     pool.dead = {MemberId("gateway", 0), MemberId("gateway", 1)}
     assert await mine.begin()
     assert mine.claim.deaths == 2
@@ -140,6 +140,28 @@ async def test_only_gateways_that_stay_away_have_died() -> None:
     pool.dead.add(MemberId("gateway", 2))
     with pytest.raises(ExpertmeshError, match="3 gateways died with request r"):
         await mine.begin()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "deaths"),
+    [
+        ((15, 15, 15), 5),  # it goes no further
+        ((15, 30, 45), 5),  # nor far
+        ((100, 115, 130), 3),  # nor far since the first of this call
+        ((16, 32, 48), 1),
+        ((0, 0, 16), 1),
+    ],
+)
+async def test_a_request_that_goes_on_is_not_blamed_for_what_died_before(tokens, deaths) -> None:
+    pool = Pool()
+    known = Claim(request_id="r", assignment=GRANT, owner="", front_door="other", deaths=2)
+    mine = tenure(pool, Directories(Grant(2 * GRANT, known)), is_named=True)
+    await mine.begin()
+    for number, num_tokens in enumerate(tokens):
+        mine.lost_at(MemberId("gateway", number), num_tokens)
+        pool.dead.add(MemberId("gateway", number))
+
+    assert mine.num_deaths == deaths
 
 
 @pytest.mark.parametrize(("has_ended_well", "deaths"), [(True, 0), (False, 2)])
