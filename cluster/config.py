@@ -198,7 +198,7 @@ class DispatchSection(_Section):
     capacity_rows: PositiveCount = 512
     """Rows that one message may hold; more rows take several messages."""
     first_deadline_s: Seconds = 2.0
-    """Deadline of a call to a worker of which nothing is known yet."""
+    """Deadline of a call while nothing is known of any worker; at most this of one that is new."""
 
 
 class ControlSection(_Section):

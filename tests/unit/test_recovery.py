@@ -372,7 +372,7 @@ def run_disturbed_call(seed):
 
 
 def test_a_deadline_is_learned_by_size_of_call():
-    times = AnswerTimes(factor=10, least_s=0.05, first_s=2.0)
+    times = AnswerTimes(factor=10, least_s=0.05, first_s=2.0, lately_s={})
     for _ in range(7):
         times.record(8, 0.01)
     assert times.deadline_s(8) == 2.0
@@ -387,6 +387,25 @@ def test_a_deadline_is_learned_by_size_of_call():
     for _ in range(32):
         times.record(8, 0.2)
     assert times.deadline_s(8) == pytest.approx(2.0)
+
+
+def test_a_new_worker_is_judged_by_what_others_take():
+    lately_s: dict[int, float] = {}
+    old, new = (
+        AnswerTimes(factor=10, least_s=0.05, first_s=2.0, lately_s=lately_s) for _ in range(2)
+    )
+    assert new.deadline_s(8) == 2.0  # nobody knows
+    for _ in range(8):
+        old.record(8, 0.01)
+    assert new.deadline_s(8) == pytest.approx(0.4)
+    assert new.deadline_s(500) == 2.0  # nobody has had so large a call
+    for _ in range(120):
+        old.record(8, 0.2)
+    assert new.deadline_s(8) == 2.0  # others are slow: more than the bound is not waited
+    for _ in range(8):
+        new.record(8, 0.02)
+    assert new.deadline_s(8) == pytest.approx(0.2)
+    assert old.deadline_s(8) == pytest.approx(2.0)
 
 
 def test_hedges_are_a_share_of_the_calls():

@@ -179,6 +179,7 @@ class LinkSet:
         self.store_address = f"{host}:{self._store.port}"
         self._closed = threading.Event()
         self._pinger = threading.Thread(target=self._ping_idle, name="link-pings", daemon=True)
+        self._lately_s: dict[int, float] = {}
         self._attempts: dict[MemberId, int] = {}  # goes on when a worker is wanted again
         self.peers: dict[MemberId, Peer] = {}
         self._pinger.start()
@@ -192,6 +193,7 @@ class LinkSet:
                 factor=options.deadline_factor,
                 least_s=options.min_deadline_s,
                 first_s=options.first_deadline_s,
+                lately_s=self._lately_s,
             )
             peer = Peer(worker=worker, times=times)
             self.peers = {**self.peers, worker: peer}

@@ -39,8 +39,9 @@ class DispatchOptions:
 
     A call that is not answered within its deadline makes the worker suspect. The deadline is
     `deadline_factor` times the 99th percentile of the worker's answers, at least `min_deadline_s`;
-    `first_deadline_s` while nothing is known. A link on which nothing arrives for `link_timeout_s`
-    is broken; idle ones are pinged three times as often.
+    while nothing is known of it, a few times that of another one, at most `first_deadline_s`. A
+    link on which nothing arrives for `link_timeout_s` is broken; idle ones are pinged three times
+    as often.
     """
 
     transport: Transport = Transport.GLOO

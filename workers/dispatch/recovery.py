@@ -24,6 +24,7 @@ from workers.placement import MemberId
 from workers.types import RECOVERY_BOUNDS_S
 
 NO_EXPERT = -1
+_STRANGER = 4.0  # times what others take: its first calls find nothing in the caches
 
 
 @dataclass(slots=True, eq=False)
@@ -259,13 +260,23 @@ class AnswerTimes:
     """How long a worker takes to answer, by size of call; gives its deadline.
 
     The deadline is `factor` times the 99th percentile of the last 128 answers of that size class
-    (powers of two of rows), at least `least_s`; `first_s` before the first eight.
+    (powers of two of rows), at least `least_s`. Before the first eight it is a few times what was
+    last learned of another worker, and at most `first_s`.
+
+    Args:
+        factor: See above.
+        least_s: See above.
+        first_s: See above.
+        lately_s: The newest deadline of each size class, of whichever worker; shared by all.
     """
 
-    def __init__(self, *, factor: float, least_s: float, first_s: float) -> None:
+    def __init__(
+        self, *, factor: float, least_s: float, first_s: float, lately_s: dict[int, float]
+    ) -> None:
         self._factor = factor
         self._least_s = least_s
         self._first_s = first_s
+        self._lately_s = lately_s
         self._taken_s: dict[int, deque[float]] = {}
         self._num_answers: dict[int, int] = {}
         self._deadline_s: dict[int, float] = {}
@@ -278,11 +289,16 @@ class AnswerTimes:
         count = self._num_answers[size] = self._num_answers.get(size, 0) + 1
         if count == 8 or count % 32 == 0:
             p99_s = sorted(taken)[(len(taken) - 1) * 99 // 100]
-            self._deadline_s[size] = max(self._least_s, self._factor * p99_s)
+            deadline_s = max(self._least_s, self._factor * p99_s)
+            self._deadline_s[size] = self._lately_s[size] = deadline_s
 
     def deadline_s(self, num_rows: int) -> float:
         """Return how long a call of this many rows may take before its worker is suspect."""
-        return self._deadline_s.get(num_rows.bit_length(), self._first_s)
+        size = num_rows.bit_length()
+        known_s = self._deadline_s.get(size)
+        if known_s is not None:
+            return known_s
+        return min(self._first_s, _STRANGER * self._lately_s.get(size, self._first_s))
 
 
 class HedgeBudget:

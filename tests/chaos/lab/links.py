@@ -163,6 +163,7 @@ class SimLinks:
         self._user = user
         self._net = net
         self._find = find
+        self._lately_s: dict[int, float] = {}
         self._attempts: dict[MemberId, int] = {}
 
     def want(self, workers: Iterable[MemberId]) -> None:
@@ -172,6 +173,7 @@ class SimLinks:
                 factor=self._options.deadline_factor,
                 least_s=self._options.min_deadline_s,
                 first_s=self._options.first_deadline_s,
+                lately_s=self._lately_s,
             )
             peer = Peer(worker=worker, times=times)
             self.peers = {**self.peers, worker: peer}
