@@ -14,9 +14,10 @@ from pathlib import Path
 import orjson
 
 from tests.chaos.lab.coverage import expected
-from tests.chaos.lab.scenarios import find_mutations, quiet, run_all
+from tests.chaos.lab.scenarios import Batch, find_mutations, quiet, run_all
 
 MUTATION_LIMIT = 10_000
+TOLD_EVERY = 5_000
 
 
 def main() -> None:
@@ -29,7 +30,16 @@ def main() -> None:
     quiet()
     print(f"{options.seeds} seeds from {options.first}", flush=True)
     started_s = time.perf_counter()
-    batch = run_all(options.first, options.seeds, options.processes)
+
+    def tell(num_seeds: int, so_far: Batch) -> None:
+        if num_seeds % TOLD_EVERY == 0:
+            rate = num_seeds / (time.perf_counter() - started_s)
+            print(
+                f"{num_seeds} seeds, {len(so_far.violations)} violations, {rate:.1f} seeds/s",
+                flush=True,
+            )
+
+    batch = run_all(options.first, options.seeds, options.processes, tell)
     took_s = time.perf_counter() - started_s
     print(f"{took_s:.0f} s, {options.seeds / took_s:.1f} seeds/s", flush=True)
     for name, seed, violation in batch.violations[:50]:

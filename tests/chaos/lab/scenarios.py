@@ -65,17 +65,23 @@ def run_batch(seeds: Iterable[int]) -> Batch:
     return batch
 
 
-def run_all(first: int, count: int, processes: int) -> Batch:
-    """Run a range of seeds on several processes."""
+def run_all(
+    first: int,
+    count: int,
+    processes: int,
+    on_progress: Callable[[int, Batch], None] = lambda _num_seeds, _so_far: None,
+) -> Batch:
+    """Run a range of seeds on several processes; `on_progress` is told how far it is."""
     chunks = [
         range(start, min(start + CHUNK, first + count))
         for start in range(first, first + count, CHUNK)
     ]
     whole = Batch()
     with get_context("spawn").Pool(processes, initializer=quiet) as pool:
-        for batch in pool.imap_unordered(run_batch, chunks):
+        for number, batch in enumerate(pool.imap_unordered(run_batch, chunks), start=1):
             whole.violations += batch.violations
             whole.visited += batch.visited
+            on_progress(min(number * CHUNK, count), whole)
     return whole
 
 
