@@ -19,7 +19,6 @@ ExpertmeshError
 ├── GatewayFailedError       the ranks of a gateway are gone or out of step; it must be replaced
 └── DispatchError            a message or link failed
     ├── LinkClosedError      the link is closed or broke
-    ├── LostRowsError        several workers in a row were lost with the same rows
     └── DeadlineError        a wait ended by its deadline
 
 The gRPC status of each is assigned in `cluster/frontdoor/translate.py`; whatever is not listed with
@@ -127,10 +126,6 @@ class DispatchError(ExpertmeshError):
 
 class LinkClosedError(DispatchError):
     """The link is closed or broke; nothing more will arrive on it."""
-
-
-class LostRowsError(DispatchError):
-    """Several expert workers in a row were lost with the same rows, which may be the cause."""
 
 
 class DeadlineError(DispatchError):

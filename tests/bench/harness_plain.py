@@ -20,7 +20,6 @@ class PlainCall:
     """Stands in for a `LayerCall`."""
 
     disturbed = False
-    losses = 0
 
     def __init__(self, layer: int, pairs: Pairs) -> None:
         self.layer = layer

@@ -1,6 +1,5 @@
 """The contract of a dispatcher, over links to workers that are killed, frozen and wrong."""
 
-import itertools
 import signal
 import threading
 import time
@@ -11,7 +10,6 @@ import torch
 from tests.ranks.harness_dispatch import (
     DEADLINE_S,
     LAYERS,
-    POISON,
     Cluster,
     Experts,
     all_experts,
@@ -21,7 +19,7 @@ from tests.ranks.harness_dispatch import (
 )
 from workers.dispatch.exchange import DispatchOptions
 from workers.dispatch.local import LocalDispatcher
-from workers.errors import DeadlineError, LinkClosedError, LostRowsError
+from workers.errors import DeadlineError, LinkClosedError
 from workers.model.experts import ExpertShard
 from workers.model.layers import ROW_TILE
 from workers.model.parameters import ExpertParameters
@@ -192,34 +190,6 @@ def test_a_worker_killed_in_mid_run_costs_no_row_where_a_replica_is(cluster, exp
         check(dispatcher, experts, KINDS[step % 3], 1 + step % 40, step % LAYERS, step)
     assert dispatcher.stats()["links"] == 2
     assert dispatcher.stats()["parked_s"] < 1.0
-
-
-def test_rows_that_three_workers_in_a_row_died_of_are_sent_to_no_fourth(cluster, experts):
-    names = [f"worker-{i}" for i in range(4)]
-    for name in names:
-        cluster.add_worker(name, all_experts(7))
-        cluster.states[name] = MemberState.WARM
-    cluster.states[names[0]] = MemberState.ACTIVE
-    dispatcher = cluster.add_dispatcher()
-    cluster.ready()
-    x, ids, weights = gating("random", 9, experts)
-    x[4, 0] = POISON
-    other = dispatcher.dispatch(1, *gating("random", 5, experts))  # of another micro-batch
-
-    result = in_thread(lambda: dispatcher.combine(dispatcher.dispatch(0, x, ids, weights)))
-    for dead, successor in itertools.pairwise(names):
-        process = cluster.workers[dead].process
-        wait_until(lambda process=process: not process.is_alive())
-        cluster.states |= {dead: MemberState.GONE, successor: MemberState.ACTIVE}
-        del cluster.holdings[dead]
-        cluster.publish()
-    with pytest.raises(LostRowsError, match="3 expert workers in a row were lost"):
-        result()
-
-    assert not dispatcher._outbox.calls, "the whole step has failed"
-    del other
-    for seed in range(5):
-        check(dispatcher, experts, "random", 9, seed=seed)
 
 
 def test_rows_of_a_lost_last_copy_are_parked_until_a_view_covers_them(cluster, experts):

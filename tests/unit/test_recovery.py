@@ -60,7 +60,6 @@ class Lab:
             number=group.number,
             sent_s=0.0,
             deadline_s=deadline_s,
-            losses=group.losses,
         )
         self.call.place(group, [attempt], rest)
         return attempt
@@ -370,37 +369,6 @@ def run_disturbed_call(seed):
     assert lab.call.complete, seed
     summed = [pair for attempt in lab.call.cover() for pair in attempt.payload]
     assert sorted(summed) == [(r, k) for r in range(num_rows) for k in range(top_k)], seed
-
-
-def test_losses_in_a_row_are_counted_for_the_pairs_that_met_them():
-    lab = Lab([[1], [2]])
-    group = lab.need()
-    first, second = some([0], [[1]], [1]), some([1], [[2]], [1])
-    lab.send(group, W[0], first, rest=second)
-    lab.send(group, W[1], second)
-    lab.call.link_lost(W[0], 1)
-    lab.call.link_lost(W[1], 1)
-    assert lab.call.losses == 1, "each was lost once"
-
-    again = [lab.send(g, W[2]) for g in lab.call.needs()]
-    lab.answer(again[0])
-    lab.call.link_lost(W[2], 1)
-    assert lab.call.losses == 2
-    stale = lab.send(lab.need(), W[3])
-    lab.answer(stale, masks=[0])
-    assert lab.need().losses == 2, "who only lacks the expert is not lost"
-    lab.answer(lab.send(lab.need(), W[0]))
-    assert lab.call.complete
-
-
-def test_a_hedge_that_is_lost_counts_for_no_more_than_itself():
-    lab = Lab([[1]])
-    frozen = lab.send(lab.need(), W[0])
-    lab.send(lab.call.hedge(frozen), W[1])
-    lab.call.link_lost(W[1], 1)
-    assert (lab.call.losses, frozen.losses) == (1, 0)
-    lab.call.link_lost(W[0], 1)
-    assert lab.need().losses == 1
 
 
 def test_a_deadline_is_learned_by_size_of_call():

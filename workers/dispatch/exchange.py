@@ -28,7 +28,7 @@ from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Pairs, Re
 from workers.dispatch.roster import Roster
 from workers.dispatch.rows import StagedReply, sum_by_expert, sum_partials, summed_masks
 from workers.dispatch.tally import LoadReport, LoadTally
-from workers.errors import DeadlineError, DispatchError, LinkClosedError, LostRowsError
+from workers.errors import DeadlineError, DispatchError, LinkClosedError
 from workers.placement import NO_CELL, MemberId, MemberState, Role, View
 
 __all__ = ["DispatchOptions", "LinkDispatcher", "MessageShape"]
@@ -146,9 +146,7 @@ class LinkDispatcher:
     def combine(self, handle: DispatchHandle) -> Tensor:
         """See `Dispatcher`; waits for as long as rows are parked.
 
-        Raises LinkClosedError when the dispatcher is closed meanwhile, and LostRowsError when
-        `max_losses` workers in a row were lost with the same rows, which are then taken for the
-        cause: whoever has them may try without some.
+        Raises LinkClosedError when the dispatcher is closed meanwhile.
         """
         assert isinstance(handle, CallHandle)
         call = handle.call
@@ -210,32 +208,17 @@ class LinkDispatcher:
             self._parked_s += self._clock.now_s() - now_s
 
     def _tend(self) -> None:
-        """Look after all open calls: lost links, deadlines, what waits to be sent.
-
-        Raises LinkClosedError and LostRowsError as `combine` does.
-        """
+        """Look after all open calls: lost links, deadlines, what waits to be sent."""
         self._inbox.has_news = False
         if self._closed:
             raise LinkClosedError("the dispatcher was closed while rows were on their way")
         while self._inbox.lost:
             self._outbox.give_up(*self._inbox.lost.popleft())
-        self._check_losses()
         now_s = self._clock.now_s()
         for call in self._outbox.calls:
             for attempt in call.state.overdue(now_s):
                 self._overdue(call, attempt, now_s)
         self._outbox.advance_all()
-
-    def _check_losses(self) -> None:
-        """Send rows that workers may have died of to no further one: their step has failed."""
-        for call in self._outbox.calls:
-            if call.state.losses >= self._options.max_losses and not call.state.complete:
-                for of_the_step in tuple(self._outbox.calls):
-                    self._outbox.forget(of_the_step)
-                raise LostRowsError(
-                    f"{call.state.losses} expert workers in a row were lost with the same rows of "
-                    f"layer {call.state.layer}"
-                )
 
     def _completed(self, call: OpenCall) -> bool:
         self._take_all()

@@ -41,7 +41,7 @@ class DispatchOptions:
     `deadline_factor` times the 99th percentile of the worker's answers, at least `min_deadline_s`;
     while nothing is known of it, a few times that of another one, at most `first_deadline_s`. A
     link on which nothing arrives for `link_timeout_s` is broken; idle ones are pinged three times
-    as often. Rows with which `max_losses` workers in a row were lost are not sent to another one.
+    as often.
     """
 
     transport: Transport = Transport.GLOO
@@ -55,7 +55,6 @@ class DispatchOptions:
     link_timeout_s: float = 30.0
     connect_timeout_s: float = 10.0
     reconnect_s: float = 0.05
-    max_losses: int = 3
     max_reconnect_s: float = 2.0
     stale_retry_s: float = 0.2
     max_links: int = MAX_LINKS

@@ -142,7 +142,7 @@ class Outbox:
         for planned, peer, opened in zip(plan.calls, peers, links, strict=True):
             assert opened is not None
             pairs = _pairs(planned).within(waiting)
-            attempt = self._attempt(peer, opened, pairs, group, now_s)
+            attempt = self._attempt(peer, opened, pairs, group.number, now_s)
             self._by_message[attempt.message_id] = call
             opened.started(attempt.message_id, planned.num_experts)
             placed.append((opened, attempt))
@@ -153,7 +153,7 @@ class Outbox:
         return placed
 
     def _attempt(
-        self, peer: Peer, opened: OpenLink, pairs: Pairs, group: Group, now_s: float
+        self, peer: Peer, opened: OpenLink, pairs: Pairs, number: int, now_s: float
     ) -> Attempt:
         self.num_messages += 1
         num_rows = len(pairs.masks_R)
@@ -164,10 +164,9 @@ class Outbox:
             worker=peer.worker,
             incarnation=opened.incarnation,
             pairs=pairs,
-            number=group.number,
+            number=number,
             sent_s=now_s,
             deadline_s=now_s + allowed_s,
-            losses=group.losses,
         )
 
     def _send_queued(self, opened: OpenLink) -> None:

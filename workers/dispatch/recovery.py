@@ -73,7 +73,6 @@ class Attempt:
     number: int
     sent_s: float
     deadline_s: float
-    losses: int = 0  # workers in a row that were lost with its pairs, so far
     payload: Any = None  # what `reply` was given
     answered: bool = False
     lost: bool = False
@@ -94,7 +93,6 @@ class Group:
 
     waiting: Pairs | None
     number: int = 1
-    losses: int = 0
     parent: Attempt | None = None
     attempts: list[Attempt] = field(default_factory=list)
     num_open: int = 0
@@ -120,7 +118,6 @@ class LayerCall:
         self.outstanding: dict[int, Attempt] = {}
         self.accepted: list[Attempt] = []
         self.complete = False
-        self.losses = 0  # the most workers in a row that were lost with the same pairs
         self.disturbed = False  # something was lost, left out or hedged
         self._unplanned: list[Group] = [self.root]
 
@@ -185,9 +182,6 @@ class LayerCall:
             if a.worker == worker and a.incarnation == incarnation
         ]  # fmt: skip
         for attempt in lost:
-            attempt.losses += 1
-            if attempt.needed:
-                self.losses = max(self.losses, attempt.losses)
             self.give_up(attempt)
         return lost
 
@@ -206,7 +200,6 @@ class LayerCall:
             group.attempts.remove(attempt)
             group.num_open -= 1
             group.waiting, group.number = attempt.pairs, attempt.number + 1
-            group.losses = attempt.losses
             self.disturbed = True
             if group not in self._unplanned:
                 self._unplanned.append(group)
@@ -233,7 +226,7 @@ class LayerCall:
         yield from _cover_of(self.root)
 
     def _add_group(self, attempt: Attempt, pairs: Pairs) -> Group:
-        group = Group(pairs, attempt.number + 1, attempt.losses, parent=attempt)
+        group = Group(waiting=pairs, number=attempt.number + 1, parent=attempt)
         attempt.groups.append(group)
         self.disturbed = True
         self._unplanned.append(group)

@@ -1,6 +1,5 @@
 """Simulated processes: workers with production slots, gateways with the production dispatcher."""
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,6 @@ from tests.chaos.lab.simulator import SimCondition, Simulator
 from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.header import Header, Kind, Status
 from workers.dispatch.options import DispatchOptions
-from workers.errors import LostRowsError
 from workers.expert.slots import NO_SLOT, SlotTable
 from workers.placement import ExpertId, MemberId, Role, View
 
@@ -341,15 +339,13 @@ class SimGateway(SimProcess):
         ids = [draw.sample(range(self._num_experts), 2) for _ in range(num_rows)]
         weights = [[draw.randrange(1, 8) for _ in range(2)] for _ in range(num_rows)]
         x = [draw.randrange(1, 1000) for _ in range(num_rows)]
-        rows = (
+        handle = self.dispatcher.dispatch(
+            layer,
             torch.tensor(x, dtype=torch.float32)[:, None],
             torch.tensor(ids),
             torch.tensor(weights, dtype=torch.float32),
         )
-        y = None
-        while y is None:
-            with contextlib.suppress(LostRowsError):  # the engine tries again too
-                y = self.dispatcher.combine(self.dispatcher.dispatch(layer, *rows))[:, 0].tolist()
+        y = self.dispatcher.combine(handle)[:, 0].tolist()
         for row in range(num_rows):
             due = sum(
                 w * output(layer, e, x[row]) for e, w in zip(ids[row], weights[row], strict=True)
