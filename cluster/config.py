@@ -94,8 +94,9 @@ class GatewaySection(ProcessSection):
     max_resume_window_s: Seconds = 600.0
     """The longest time for which a request is kept without its client, whatever it asks for."""
     max_deaths: PositiveCount = 3
-    """Deaths of gateways in a row with the same request, hardly a token apart, after which it is
-    taken for their cause and failed; before the last of them it runs beside no other such one."""
+    """Deaths of gateways in a row with the same request, each less than 16 tokens after the one
+    before, after which it is taken for their cause and failed; before the last of them it runs
+    beside no other such one."""
     sibling_silence_s: Seconds = 3.0
     """Silence of a rank after which the others give the gateway up."""
     prefix_cache: bool = True

@@ -207,7 +207,8 @@ class Flight:
 
     def _lost(self) -> None:
         assert self._session is not None
-        self._tenure.lost_at(self._session.member.id, sum(map(len, self._emitted)))
+        fewest = min((len(self._emitted[index]) for index in self._running), default=0)
+        self._tenure.lost_at(self._session.member.id, fewest)
         self._session, self._is_admitted = None, True
 
     def _refuse(self, error: ExpertmeshError) -> None:

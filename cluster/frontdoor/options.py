@@ -18,8 +18,8 @@ class FrontDoorOptions:
     long a request waits while no gateway can take it. `expected_tokens` stands for the length of a
     completion when gateways are compared. A gateway that says nothing for `gateway_silence_s` is
     taken for lost; it tells its load several times in that time. A request with which `max_deaths`
-    gateways died in a row, hardly a token further each time, is failed. With `experts_in_gateway`
-    there are no expert workers whose coverage health would depend on.
+    gateways died in a row, less than 16 tokens further each time, is failed. With
+    `experts_in_gateway` there are no expert workers whose coverage health would depend on.
     """
 
     name: str = "frontdoor"

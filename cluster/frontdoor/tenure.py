@@ -51,7 +51,7 @@ class Tenure:
         self._former: tuple[str, int] | None = None  # a gateway that may still hold an assignment
         self._lost_at: set[MemberId] = set()
         self._earlier_deaths = 0  # which another call has counted
-        self._tokens_at_loss = sum(map(len, request.emitted))
+        self._tokens_at_loss: int | None = None  # where others' deaths were is not known
         self._has_begun = False
 
     @property
@@ -120,9 +120,10 @@ class Tenure:
 
         Args:
             gateway: The gateway.
-            num_tokens: Of all its sequences, so far.
+            num_tokens: So far, of the running sequence that has the fewest.
         """
-        if num_tokens - self._tokens_at_loss >= _HARMLESS_TOKENS:
+        before = self._tokens_at_loss
+        if before is not None and num_tokens - before >= _HARMLESS_TOKENS:
             self._lost_at, self._earlier_deaths = set(), 0
         self._tokens_at_loss = num_tokens
         self._lost_at.add(gateway)

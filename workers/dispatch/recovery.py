@@ -263,11 +263,7 @@ class AnswerTimes:
     (powers of two of rows), at least `least_s`. Before the first eight it is a few times what was
     last learned of another worker, and at most `first_s`.
 
-    Args:
-        factor: See above.
-        least_s: See above.
-        first_s: See above.
-        lately_s: The newest deadline of each size class, of whichever worker; shared by all.
+    `lately_s` is shared by all workers: the newest deadline of each size class, of any of them.
     """
 
     def __init__(
