@@ -199,7 +199,7 @@ class DispatchSection(_Section):
     capacity_rows: PositiveCount = 512
     """Rows that one message may hold; more rows take several messages."""
     first_deadline_s: Seconds = 2.0
-    """Deadline of a call while nothing is known of any worker; at most this of one that is new."""
+    """Deadline of a call while nothing is known of any worker, and the longest for a new one."""
 
 
 class ControlSection(_Section):

@@ -20,6 +20,7 @@ from cluster.applying import (
 from cluster.cli.serve import Progress, Signals, Stop
 from cluster.config import ClusterConfig, load_config
 from cluster.control.status import ClusterStatus
+from cluster.runtime.nodes import head_address
 from workers.clock import SystemClock
 from workers.errors import ExpertmeshError
 
@@ -61,8 +62,10 @@ def rollout_command(load: Load | None, address: str, timeout_s: float) -> None:
 
 
 def down_command(address: str) -> None:
-    """Drain and end the cluster."""
+    """Drain and end the cluster; says first where it is, for `auto` may find one of several."""
     with connected(address):
+        where = head_address() if address == "auto" else address
+        Console(stderr=True).print(f"on the Ray cluster at {where}", style="dim", highlight=False)
         count = take_down()
     sys.stdout.write("ended\n" if count else "nothing ran\n")
 

@@ -126,7 +126,7 @@ def rollout(
 
 @app.command()
 def down(*, ray_address: RayAddress = "auto") -> None:
-    """Drain and end the cluster that `apply` started."""
+    """Drain and end the cluster on a Ray cluster: that of `apply`, or of a `serve` that runs."""
     from cluster.cli.apply import down_command
 
     down_command(ray_address)

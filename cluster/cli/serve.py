@@ -72,7 +72,7 @@ def _problem(cluster: RunningCluster) -> str:
     try:
         status = cluster.status()
     except UnavailableError as error:
-        return f"requests are served, but nothing else changes: {error}"
+        return f"nothing changes, and whoever still runs serves on: {error}"
     return f"not as it should be: {'; '.join(status.reasons)}" if status.reasons else ""
 
 

@@ -49,6 +49,8 @@ def status_command(server: Server, *, as_json: bool) -> None:
     else:
         console = Console()
         console.print(_table(view))
+        for reason in status.reasons:
+            console.print(reason, style="red", markup=False, highlight=False)
         for line in filter(None, [*_scales(status), away]):
             console.print(line, markup=False, highlight=False)
 

@@ -14,6 +14,11 @@ def node_name() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
+def head_address() -> str:
+    """Return HOST:PORT of the head of the Ray cluster that this process has joined."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def draining_nodes() -> frozenset[str]:
     """Return the ids of the nodes that Ray is about to take away."""
     return frozenset(global_state.get_draining_nodes())

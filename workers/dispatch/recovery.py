@@ -24,7 +24,7 @@ from workers.placement import MemberId
 from workers.types import RECOVERY_BOUNDS_S
 
 NO_EXPERT = -1
-_STRANGER = 4.0  # times what others take: its first calls find nothing in the caches
+_NEWCOMER = 4.0  # times another's deadline: its first calls find nothing in the caches
 
 
 @dataclass(slots=True, eq=False)
@@ -294,7 +294,7 @@ class AnswerTimes:
         known_s = self._deadline_s.get(size)
         if known_s is not None:
             return known_s
-        return min(self._first_s, _STRANGER * self._lately_s.get(size, self._first_s))
+        return min(self._first_s, _NEWCOMER * self._lately_s.get(size, self._first_s))
 
 
 class HedgeBudget:
