@@ -15,6 +15,7 @@ ExpertmeshError
 ├── ConfigError              a setting is unknown, mistyped or impossible
 ├── CheckpointError          a checkpoint is unsupported, incomplete or damaged
 ├── PlacementError           an expert has no usable replica
+├── PoisonError              rows end the expert workers that compute them (INTERNAL)
 ├── SnapshotError            a snapshot is damaged, or not of this model or sequence
 ├── GatewayFailedError       the ranks of a gateway are gone or out of step; it must be replaced
 └── DispatchError            a message or link failed
@@ -110,6 +111,19 @@ class TraceError(ExpertmeshError, ValueError):
 
 class PlacementError(ExpertmeshError):
     """An expert has no usable replica."""
+
+
+class PoisonError(ExpertmeshError):
+    """Rows of a step end the expert workers that compute them; `segments` are theirs.
+
+    All ranks of a gateway raise it alike.
+    """
+
+    def __init__(self, segments: tuple[int, ...]) -> None:
+        super().__init__(
+            "expert workers ended, one after another, by computing it and nothing else"
+        )
+        self.segments = segments
 
 
 class SnapshotError(ExpertmeshError):

@@ -25,6 +25,7 @@ import grpc
 import orjson
 from rich.console import Console
 
+from cluster.chaos.doors import Doors
 from cluster.chaos.faults import Done, Saboteur
 from cluster.chaos.run import ChaosOptions, report_of, run_script
 from cluster.chaos.stalls import percentile
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--standby", type=int, default=0, help="warm gateways beside them")
     parser.add_argument("--snapshot-tokens", type=int, default=64)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--drains", type=int, default=20)
@@ -192,9 +194,10 @@ async def running_at(members: list[pb.Member]) -> pb.Member | None:
 
 async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
     draw = random.Random(options.seed)
-    async with grpc.aio.insecure_channel(endpoint) as channel:
+    doors = Doors(endpoint, seed=options.seed)
+    async with grpc.aio.insecure_channel(endpoint) as channel, doors.open():
         stub = InferenceServiceStub(channel)
-        saboteur = Saboteur(ClusterServiceStub(channel), seed=options.seed, clock=SystemClock())
+        saboteur = Saboteur(doors, seed=options.seed, clock=SystemClock())
         census = Census()
         expected = [t async for r in stream(stub) for t in r.token_ids]
         following = asyncio.create_task(census.follow(saboteur))
@@ -224,6 +227,7 @@ def main() -> None:
         "--gateways", str(options.gateways), "--tensor-parallel", str(options.tensor_parallel),
         "--expert-workers", str(options.workers),
         "--set", f"gateways.snapshot_tokens={options.snapshot_tokens}",
+        "--set", f"gateways.standby={options.standby}",
         "--set", f"dispatch.bit_stable={str(bit_stable).lower()}",
     ]  # fmt: skip
     print(f"seed {options.seed}; expertmesh serve {' '.join(command)}", flush=True)

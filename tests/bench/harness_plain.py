@@ -10,7 +10,9 @@ from typing import Any
 
 from workers.dispatch import exchange, header
 from workers.dispatch.exchange import LinkDispatcher
-from workers.dispatch.recovery import AnswerTimes, Attempt, Group, Pairs
+from workers.dispatch.pairs import Pairs
+from workers.dispatch.recovery import AnswerTimes, Attempt, Group
+from workers.dispatch.suspects import Suspects
 from workers.expert.slots import Lease, SlotTable
 
 NEVER_S = float("inf")
@@ -26,6 +28,7 @@ class PlainCall:
         self.outstanding: dict[int, Attempt] = {}
         self.accepted: list[Attempt] = []
         self.complete = False
+        self.suspects = Suspects()
         self._groups = [Group(waiting=pairs)]
         self._sent: Sequence[Attempt] = ()
 

@@ -10,6 +10,7 @@ import torch
 from tests.ranks.harness_dispatch import (
     DEADLINE_S,
     LAYERS,
+    POISON,
     Cluster,
     Experts,
     all_experts,
@@ -190,6 +191,63 @@ def test_a_worker_killed_in_mid_run_costs_no_row_where_a_replica_is(cluster, exp
         check(dispatcher, experts, KINDS[step % 3], 1 + step % 40, step % LAYERS, step)
     assert dispatcher.stats()["links"] == 2
     assert dispatcher.stats()["parked_s"] < 1.0
+
+
+@pytest.mark.parametrize("bit_stable", [False, True])
+def test_a_row_that_workers_end_by_is_given_up_and_no_other_whoever_sent_it(
+    cluster, experts, bit_stable
+):
+    """Two workers serve, and the next one takes the place of each that ends."""
+    names = [f"worker-{i}" for i in range(12)]
+    for name in names:
+        cluster.add_worker(name, all_experts(7), bit_stable=bit_stable)
+        cluster.states[name] = MemberState.WARM
+    for name in names[:2]:
+        cluster.states[name] = MemberState.ACTIVE
+    options = DispatchOptions(bit_stable=bit_stable)
+    guilty, innocent = cluster.add_dispatcher(options), cluster.add_dispatcher(options)
+    cluster.ready()
+    over = threading.Event()
+
+    def replace_who_ends():
+        while not over.wait(0.05):
+            serving = [n for n in names if cluster.states[n] is MemberState.ACTIVE]
+            for name in serving:
+                if not cluster.workers[name].process.is_alive():
+                    successor = next(n for n in names if cluster.states[n] is MemberState.WARM)
+                    cluster.states |= {name: MemberState.GONE, successor: MemberState.ACTIVE}
+                    del cluster.holdings[name]
+                    view = cluster.view()
+                    for dispatcher in (guilty, innocent):  # workers have their links already
+                        dispatcher.adopt(view)
+        return [n for n in names if cluster.states[n] is MemberState.GONE]
+
+    def run_innocent():
+        num_steps = 0
+        while not over.is_set():
+            check(innocent, experts, "random", 9, seed=num_steps)
+            num_steps += 1
+        return num_steps
+
+    replacing, running = in_thread(replace_who_ends), in_thread(run_innocent)
+    x, ids, weights = gating("random", 9, experts)
+    x[4, 0] = POISON
+    handle = guilty.dispatch(0, x, ids, weights)
+    y = guilty.combine(handle)
+    over.set()
+
+    assert list(handle.given_up) == [4]
+    dense = experts.dense(0, x, ids, weights)
+    others = [row for row in range(9) if row != 4]
+    assert close_to(y[others], dense[others]), "what nobody ended by is summed as ever"
+    assert running() > 0
+    ended = replacing()
+    print(f"{len(ended)} workers ended")
+    assert 2 <= len(ended) <= 9, (
+        "its last word may be lost with a worker, which then proves nothing"
+    )
+    for seed in range(5):
+        check(guilty, experts, "random", 9, seed=seed)
 
 
 def test_rows_of_a_lost_last_copy_are_parked_until_a_view_covers_them(cluster, experts):

@@ -10,6 +10,7 @@ from tests.ranks.harness_gateway import (
     options_for,
 )
 from workers.dispatch.options import DispatchOptions
+from workers.types import FinishReason
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(180)]
 
@@ -72,6 +73,40 @@ def test_the_death_of_an_expert_worker_changes_no_token(reference):
 
     assert failure is None
     reference.check(requests, answers)
+
+
+def test_a_request_that_expert_workers_end_by_fails_alone(reference):
+    """On two ranks, of which one finds out; a worker that ends is replaced by one that waits."""
+    gateway, experts = Gateway(2, options_for(local_experts=False)), Experts(9, floor=9)
+    requests = mixed_requests(6, longest=9)
+    guilty = requests[2]
+    row = reference.row_of(guilty.prompt_token_ids[:40], layer=1)
+    gone, warm = [], experts.members[2:]
+    try:
+        for worker in experts.workers:
+            worker("die_of", row)
+        experts.serve(gateway, warm=warm)
+        gateway.ranks[0]("submit_all", requests)
+        while (answers := gateway.ranks[0]("answers")) is None:
+            ended = [
+                member
+                for member, worker in zip(experts.members, experts.workers, strict=True)
+                if member not in gone and not worker.process.is_alive()
+            ]
+            gone, warm = gone + ended, warm[len(ended) :]
+            view = experts.view(gateway, gone=gone, warm=warm, version=1 + len(gone))
+            gateway.all("call", "adopt", view)
+        failure = gateway.ranks[0]("read", "failure")
+        stats = gateway.ranks[0]("wait_until_free")
+    finally:
+        gateway.close()
+        experts.close()
+
+    print(f"{len(gone)} workers ended")
+    assert failure is None
+    assert answers.pop((guilty.request_id, 0)).finish is FinishReason.ERROR
+    reference.check([r for r in requests if r is not guilty], answers)
+    assert (stats.kv_blocks_used, stats.state_blocks_used) == (0, 0)
 
 
 def test_steps_that_fail_while_rows_are_out_are_taken_again(reference):

@@ -8,19 +8,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import DispatchError
-from workers.expert.batching import group_by_expert, into_batches, masks_of
+from workers.expert.batching import SETTLE_S, CallQueue, group_by_expert, into_batches, masks_of
 
 
 @dataclass
 class Waiting:
     name: str
-    batch_key: tuple[int, int]
+    batch_key: tuple[int, int] = (0, 0)
+    is_alone: bool = False
+    is_settled: bool = False
 
 
 def test_calls_of_one_layer_are_one_batch_whoever_sent_them_and_the_oldest_comes_first():
     calls = [Waiting("a", (3, 0)), Waiting("b", (1, 0)), Waiting("c", (3, 0)), Waiting("d", (3, 1))]
     batches = [[call.name for call in batch] for batch in into_batches(calls)]
     assert batches == [["a", "c"], ["b"], ["d"]]
+
+
+def test_who_must_be_alone_is_taken_one_by_one_when_nothing_else_waits():
+    queue = CallQueue()
+    calls = {name: Waiting(name, is_alone=name in "xyz") for name in "xaybz"}
+    for call in calls.values():
+        queue.put(call)
+
+    def take(now_s):
+        return "".join(call.name for call in queue.take(now_s))
+
+    assert queue.oldest() is calls["x"]
+    assert (take(0.0), take(0.0)) == ("ab", "x")
+    assert not queue.has_next(0.5), "the reply to x may still be on its way"
+    assert take(0.5) == ""
+    queue.put(Waiting("c"))
+    assert queue.has_next(0.5)
+    assert take(0.5) == "c"
+    calls["x"].is_settled = True
+    assert queue.has_next(0.5)
+    assert take(0.5) == "y"
+    assert take(0.5 + SETTLE_S / 2) == ""
+    assert take(0.5 + SETTLE_S) == "z", "nobody waits for a gateway for long"
+    assert not queue
+    assert queue.oldest() is None
 
 
 def test_nothing_waiting_is_no_batch():

@@ -21,6 +21,7 @@ from workers.errors import (
     GatewayFailedError,
     InvalidRequestError,
     OverloadedError,
+    PoisonError,
 )
 from workers.gateway.lockstep import Follower, Leader, StoreVote
 from workers.model.batch import Segment, StepBatch
@@ -169,6 +170,37 @@ def test_what_fails_alone_ends_and_the_others_never_notice():
     for request in requests:
         if request.request_id != "r3":
             assert transcript.tokens[request.request_id, 0] == expected_tokens(request)
+    assert_all_free(engine)
+
+
+@pytest.mark.parametrize("guilty", [{3}, {1, 4}, {1, 2, 3, 4, 5}])
+def test_whose_rows_end_expert_workers_is_failed_at_once_and_computed_never_again(guilty):
+    engine, model = make_engine(max_sequences=8, step_tokens=40)
+    requests = {i: make_request(f"r{i}", (i, 2, 3)) for i in range(1, 6)}
+    for request in requests.values():
+        engine.submit(request)
+    num_poisoned = 0
+
+    def poison(batch):
+        nonlocal num_poisoned
+        found = [
+            i for i, s in enumerate(batch.segments) if s.start == 0 and s.token_ids[0] in guilty
+        ]
+        num_poisoned += bool(found)
+        if found:
+            raise PoisonError(tuple(found))
+        return False
+
+    model.fail = poison
+    transcript = run_to_end(engine)
+
+    assert num_poisoned == 1
+    for i, request in requests.items():
+        if i in guilty:
+            assert transcript.last[f"r{i}", 0].finish is FinishReason.ERROR
+            assert "expert workers ended" in transcript.last[f"r{i}", 0].error
+        else:
+            assert transcript.tokens[f"r{i}", 0] == expected_tokens(request)
     assert_all_free(engine)
 
 

@@ -5,13 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from workers.dispatch.recovery import (
-    AnswerTimes,
-    Attempt,
-    HedgeBudget,
-    LayerCall,
-    Pairs,
-)
+from workers.dispatch.pairs import Pairs
+from workers.dispatch.recovery import AnswerTimes, Attempt, HedgeBudget, LayerCall
 from workers.placement import MemberId
 
 W = [MemberId(f"worker-{i}", 1) for i in range(4)]
@@ -369,6 +364,40 @@ def run_disturbed_call(seed):
     assert lab.call.complete, seed
     summed = [pair for attempt in lab.call.cover() for pair in attempt.payload]
     assert sorted(summed) == [(r, k) for r in range(num_rows) for k in range(top_k)], seed
+
+
+def test_only_what_was_sent_has_met_the_worker_that_is_lost():
+    lab = Lab([[1], [2]])
+    group = lab.need()
+    sent = lab.send(group, W[0], some([0], [[1]], [1]), rest=some([1], [[2]], [1]))
+    sent.is_sent = True
+    queued = lab.send(group, W[0])
+    assert lab.call.link_lost(W[0], 1) == [sent, queued]
+    assert list(lab.call.suspects._met) == [0]
+
+
+def test_a_loss_is_proof_only_against_the_call_that_the_worker_began_to_compute_alone():
+    lab = Lab([[1], [2]])
+    group = lab.need()
+    for worker in W[:2]:
+        first = lab.send(group, worker, some([0], [[1]], [1]), rest=some([1], [[2]], [1]))
+        second = lab.send(group, worker, some([1], [[2]], [1]))
+        first.is_sent = second.is_sent = True
+        lab.call.link_lost(worker, 1, computing=second.message_id)
+        (*_, group) = lab.call.needs()
+    assert lab.call.suspects.given_up == {1}
+
+
+def test_a_call_of_which_all_that_is_left_is_given_up_is_complete_without_it():
+    lab = Lab([[1], [2]])
+    group = lab.need()
+    answered = lab.send(group, W[0], some([0], [[1]], [1]), rest=some([1], [[2]], [1]))
+    lab.send(group, W[1])
+    lab.answer(answered)
+    lab.call.link_lost(W[1], 1)
+    lab.call.place(lab.need(), [], None)
+    assert lab.call.complete
+    assert lab.winners() == ["reply to 1"]
 
 
 def test_a_deadline_is_learned_by_size_of_call():

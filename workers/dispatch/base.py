@@ -3,6 +3,7 @@
 Shape legend: T rows, D hidden size, K experts a token.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +15,11 @@ class DispatchHandle(Protocol):
     @property
     def num_rows(self) -> int:
         """Rows that were dispatched."""
+        ...
+
+    @property
+    def given_up(self) -> Collection[int]:
+        """Rows, once combined, that end the workers which compute them; their sums mean nothing."""
         ...
 
 

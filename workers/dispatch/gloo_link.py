@@ -42,7 +42,7 @@ class GlooLink:
         self.terms = terms
         self._pin_memory = pin_memory
         self._timeout = timedelta(seconds=terms.link_timeout_s)
-        self._sending: dict[int, tuple[dist.Work, Frame]] = {}
+        self._sending: dict[int, list[tuple[dist.Work, Frame]]] = {}
         self._receiving: dist.Work | None = None
         self._closing: dist.Work | None = None
         self._closed = False
@@ -58,12 +58,13 @@ class GlooLink:
         with self._send_lock:
             if self._closed:
                 raise LinkClosedError("the link is closed")
-            assert header.buffer not in self._sending, f"buffer {header.buffer} is in use"
+            sending = self._sending.setdefault(header.buffer, [])
+            assert all(used is not frame for _, used in sending), f"{header.buffer} is in use"
             try:
                 work = self._group.send([message], self._peer, _MESSAGES)
             except RuntimeError as error:
                 raise LinkClosedError(f"the link broke: {error}") from error
-            self._sending[header.buffer] = (work, frame)
+            sending.append((work, frame))
 
     def receive(self, frame: Frame) -> Header:
         """See `Link`."""
@@ -84,9 +85,9 @@ class GlooLink:
         work.wait(self._timeout)  # the peer; ends by its death, by close, or by the time-out
         header = frame.open()
         with self._send_lock:
-            sent = self._sending.pop(header.buffer, None)
-        if sent is not None:
-            sent[0].wait(self._timeout)  # the peer has it, or it would not have answered
+            sent = self._sending.pop(header.buffer, ())
+        for work, _ in sent:
+            work.wait(self._timeout)  # the peer has it, or it would not have answered
         return header
 
     def close(self) -> None:
@@ -95,7 +96,7 @@ class GlooLink:
             if self._closed:
                 return
             self._closed = True
-            undelivered = [work for work, _ in self._sending.values()]
+            undelivered = [work for sent in self._sending.values() for work, _ in sent]
         with contextlib.suppress(RuntimeError):  # its time-out is what closes the pair
             self._closing = self._group.recv([torch.empty(1)], self._peer, _CLOSING)
             self._closing.wait(_AT_ONCE)

@@ -45,12 +45,15 @@ class Kind(IntEnum):
     PING = 4
     PONG = 5
     BYE = 6
+    BEGUN = 7  # the call that it names is now computed, and nothing beside it
+    SETTLED = 8  # the reply to that call has come
 
 
 class Flag(IntEnum):
     """Bits of `Header.flags`."""
 
     ROW_PER_EXPERT = 1  # a request for one reply row per (row, expert)
+    ALONE = 2  # to be computed with nothing else, after a BEGUN; who does not know it just computes
 
 
 class Status(IntEnum):

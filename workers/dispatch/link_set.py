@@ -5,6 +5,7 @@ it until it breaks; then it tries again, less often each time. Nobody waits for 
 worker is used from the moment its link is there.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -13,7 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from workers.clock import Clock
-from workers.dispatch.header import OLDEST_VERSION, VERSION, Header, Kind, ReplyFrame, RequestFrame
+from workers.dispatch.header import (
+    OLDEST_VERSION,
+    VERSION,
+    Flag,
+    Header,
+    Kind,
+    ReplyFrame,
+    RequestFrame,
+)
 from workers.dispatch.link import Link
 from workers.dispatch.options import DispatchOptions, LinkTerms, MessageShape
 from workers.dispatch.recovery import AnswerTimes, Attempt
@@ -44,8 +53,10 @@ class OpenLink:
         self.queue: deque[Attempt] = deque()  # awaits a free buffer
         self.num_experts = 0  # of the calls under way
         self.idle_since_s = 0.0
+        self.computing: int | None = None  # the last message that the worker began to compute alone
         self._experts: dict[int, int] = {}  # by message id
         self._frames: dict[int, RequestFrame] = {}
+        self._settled_frames: dict[int, RequestFrame] = {}
         self._spare_frames = deque(link.reply_frame() for _ in range(num_buffers + 1))
         self._pinging = False
 
@@ -84,14 +95,33 @@ class OpenLink:
             self._say(Kind.PING, _PING_BUFFER)
 
     def receive(self) -> tuple[Header, ReplyFrame]:
-        """Wait for the next reply, past any PONG; whoever takes the frame releases it."""
+        """Wait for the next reply; whoever takes the frame releases it."""
         while True:
-            frame = self._spare_frames.popleft()
-            header = self.link.receive(frame)
-            if header.kind != Kind.PONG:
-                return header, frame
-            self._spare_frames.append(frame)
+            received = self.receive_one()
+            if received is not None:
+                return received
+
+    def receive_one(self) -> tuple[Header, ReplyFrame] | None:
+        """Wait for the next message; None when it was no reply but a PONG or BEGUN."""
+        frame = self._spare_frames.popleft()
+        header = self.link.receive(frame)
+        if header.kind == Kind.PONG:
             self._pinging = False
+        elif header.kind == Kind.BEGUN:
+            self.computing = header.message_id
+        else:
+            if header.flags & Flag.ALONE:
+                self._say_settled(header)
+            return header, frame
+        self._spare_frames.append(frame)
+        return None
+
+    def _say_settled(self, header: Header) -> None:
+        frame = self._settled_frames.get(header.buffer)
+        if frame is None:
+            frame = self._settled_frames[header.buffer] = self.link.request_frame(0)
+        with contextlib.suppress(LinkClosedError):  # its reply has come all the same
+            self.link.send(frame, header._replace(kind=Kind.SETTLED, num_rows=0))
 
     def prove(self, now_s: float) -> None:
         """Make one round trip before the link is used for calls."""

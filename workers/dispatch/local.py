@@ -3,7 +3,7 @@
 Shape legend: T rows, D hidden, K experts a token, P pairs of row and expert.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,11 @@ class LocalHandle:
     def num_rows(self) -> int:
         """Rows that were dispatched."""
         return self.y_TD.shape[0]
+
+    @property
+    def given_up(self) -> Collection[int]:
+        """See `DispatchHandle`: what ends this process does not come so far."""
+        return ()
 
 
 class LocalDispatcher:

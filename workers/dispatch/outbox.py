@@ -4,7 +4,7 @@ Belongs to the model's thread. Shape legend: T rows of a layer, D hidden, K expe
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,9 @@ from workers.clock import Clock
 from workers.dispatch.header import Flag, Header, Kind
 from workers.dispatch.link_set import LinkSet, OpenLink, Peer
 from workers.dispatch.options import DispatchOptions
+from workers.dispatch.pairs import Pairs
 from workers.dispatch.plan import PlannedCall
-from workers.dispatch.recovery import Attempt, Group, LayerCall, Pairs
+from workers.dispatch.recovery import Attempt, Group, LayerCall
 from workers.dispatch.roster import Roster
 from workers.dispatch.rows import pack_rows
 from workers.errors import LinkClosedError
@@ -44,6 +45,11 @@ class CallHandle:
     def num_rows(self) -> int:
         """Rows that were dispatched."""
         return self.call.x_TD.shape[0]
+
+    @property
+    def given_up(self) -> Collection[int]:
+        """See `DispatchHandle`."""
+        return self.call.state.suspects.given_up
 
     def __del__(self) -> None:
         self._outbox.dropped.append(self.call)
@@ -101,7 +107,9 @@ class Outbox:
     def give_up(self, opened: OpenLink, noticed_s: float) -> None:
         """Give up what is under way on a link that is lost; it is waiting to be sent again."""
         for call in self.calls:
-            for attempt in call.state.link_lost(opened.worker, opened.incarnation):
+            for attempt in call.state.link_lost(
+                opened.worker, opened.incarnation, opened.computing
+            ):
                 self.claim(attempt.message_id)
                 call.lost_s = noticed_s if call.lost_s is None else call.lost_s
         opened.queue.clear()
@@ -126,8 +134,12 @@ class Outbox:
 
     def _place(self, call: OpenCall, group: Group) -> list[tuple[OpenLink, Attempt]]:
         """Plan the waiting pairs of a group; returns its attempts, to be sent."""
-        waiting = group.waiting
-        assert waiting is not None
+        suspects = call.state.suspects
+        assert group.waiting is not None
+        waiting = suspects.open_pairs(group.waiting)
+        if waiting is None:
+            call.state.place(group, [], None)
+            return []
         now_s = self._clock.now_s()
         planner = self._roster.planner(self._links.peers, now_s)
         if planner is None:
@@ -142,10 +154,12 @@ class Outbox:
         for planned, peer, opened in zip(plan.calls, peers, links, strict=True):
             assert opened is not None
             pairs = _pairs(planned).within(waiting)
-            attempt = self._attempt(peer, opened, pairs, group.number, now_s)
-            self._by_message[attempt.message_id] = call
-            opened.started(attempt.message_id, planned.num_experts)
-            placed.append((opened, attempt))
+            for part, is_alone in suspects.apart(pairs) if suspects else ((pairs, False),):
+                attempt = self._attempt(peer, opened, part, group.number, now_s)
+                attempt.is_alone = is_alone
+                self._by_message[attempt.message_id] = call
+                opened.started(attempt.message_id, planned.num_experts)
+                placed.append((opened, attempt))
         rest = None if plan.unserved is None else _pairs(plan.unserved).within(waiting)
         call.state.place(group, [attempt for _, attempt in placed], rest)
         if group.number > 1:
@@ -201,8 +215,9 @@ class Outbox:
             num_rows=len(attempt.pairs.masks_R),
             capacity=frame.capacity,
             buffer=buffer,
-            flags=Flag.ROW_PER_EXPERT if self._options.bit_stable else 0,
+            flags=Flag.ROW_PER_EXPERT * self._options.bit_stable | Flag.ALONE * attempt.is_alone,
         )
+        attempt.is_sent = True
         attempt.sent_s = opened.idle_since_s = self._clock.now_s()
         try:
             opened.link.send(frame, header)

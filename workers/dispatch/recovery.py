@@ -20,46 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.dispatch.pairs import Pairs
+from workers.dispatch.suspects import Suspects
 from workers.placement import MemberId
 from workers.types import RECOVERY_BOUNDS_S
 
-NO_EXPERT = -1
 _NEWCOMER = 4.0  # times another's deadline: its first calls find nothing in the caches
-
-
-@dataclass(slots=True, eq=False)
-class Pairs:
-    """Pairs (row, expert) of one layer.
-
-    `rows_R` indexes the rows of the layer, None for all of them in order; `ids_RK` holds -1 where
-    a row's expert is not among the pairs, and bit k of `masks_R` says the same of expert k.
-    """
-
-    rows_R: NDArray[np.int64] | None
-    ids_RK: NDArray[np.int32]
-    masks_R: NDArray[np.uint32]
-
-    @classmethod
-    def all_of(cls, ids_TK: NDArray[np.int32]) -> "Pairs":
-        """Return every pair of a layer's rows."""
-        masks_T = np.empty(len(ids_TK), dtype=np.uint32)
-        masks_T.fill((1 << ids_TK.shape[1]) - 1)
-        return cls(None, ids_TK, masks_T)
-
-    def only(self, masks_R: NDArray[np.uint32]) -> "Pairs":
-        """Return the pairs that are in `masks_R`, a part of these."""
-        kept = np.flatnonzero(masks_R)
-        bits_K = np.left_shift(np.uint32(1), np.arange(self.ids_RK.shape[1], dtype=np.uint32))
-        named_RK = (masks_R[kept, None] & bits_K) != 0
-        ids_RK = np.where(named_RK, self.ids_RK[kept], NO_EXPERT).astype(np.int32)
-        return Pairs(kept if self.rows_R is None else self.rows_R[kept], ids_RK, masks_R[kept])
-
-    def within(self, outer: "Pairs") -> "Pairs":
-        """Return these pairs, whose rows count the rows of `outer`, in rows of the layer."""
-        if outer.rows_R is None:
-            return self
-        rows_R = outer.rows_R if self.rows_R is None else outer.rows_R[self.rows_R]
-        return Pairs(rows_R, self.ids_RK, self.masks_R)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +39,8 @@ class Attempt:
     number: int
     sent_s: float
     deadline_s: float
+    is_alone: bool = False  # its row is a suspect: whoever computes it computes nothing else
+    is_sent: bool = False  # false while it awaits a buffer
     payload: Any = None  # what `reply` was given
     answered: bool = False
     lost: bool = False
@@ -119,6 +87,7 @@ class LayerCall:
         self.accepted: list[Attempt] = []
         self.complete = False
         self.disturbed = False  # something was lost, left out or hedged
+        self.suspects = Suspects()
         self._unplanned: list[Group] = [self.root]
 
     def needs(self) -> list[Group]:
@@ -129,7 +98,7 @@ class LayerCall:
         return list(self._unplanned)
 
     def place(self, group: Group, attempts: Sequence[Attempt], rest: Pairs | None) -> None:
-        """Record that waiting pairs are on their way; `rest` has no worker yet and stays parked."""
+        """Record that waiting pairs are on their way, or given up; `rest` stays parked."""
         group.waiting = rest
         for attempt in attempts:
             attempt.group = group
@@ -175,13 +144,21 @@ class LayerCall:
             self._add_group(attempt, attempt.pairs.only(asked_R & ~summed_R))
         return attempt
 
-    def link_lost(self, worker: MemberId, incarnation: int) -> list[Attempt]:
-        """Give up what is outstanding on a link; its pairs are waiting afterwards."""
+    def link_lost(
+        self, worker: MemberId, incarnation: int, computing: int | None = None
+    ) -> list[Attempt]:
+        """Give up what is outstanding on a link; its pairs are waiting afterwards.
+
+        `computing` is the last message of which the worker said that it computes it alone.
+        """
         lost = [
             a for a in self.outstanding.values()
             if a.worker == worker and a.incarnation == incarnation
         ]  # fmt: skip
         for attempt in lost:
+            if attempt.is_sent:
+                alone = attempt.message_id == computing
+                self.suspects.lost(worker, attempt.pairs, alone=alone)
             self.give_up(attempt)
         return lost
 

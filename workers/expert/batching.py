@@ -1,13 +1,18 @@
 """Which pairs of which calls are computed together: pure.
 
 Everything that waits is taken at once, calls of one layer together, whatever gateway they are
-from, and their pairs are grouped by expert. Shape legend: R rows of all calls of a layer, K experts
-a row, P pairs, F experts and a last column for none.
+from, and their pairs are grouped by expert. But a call that other workers may have ended by is
+taken by itself, when nothing else waits, and the next such call only when the reply has come: what
+is on its way is lost with a worker that ends, and would look as if it had been the cause.
+
+Shape legend: R rows of all calls of a layer, K experts a row, P pairs, F experts and a last column
+for none.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +29,58 @@ class Batched(Protocol):
         """Layer index, and flags that change what is computed."""
         ...
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it must be computed by itself."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its reply is known to have come, or to be of no use."""
+        ...
+
+
+SETTLE_S = 1.0  # how long the next one waits for a gateway that may be frozen
 
 CallT = TypeVar("CallT", bound=Batched)
+
+
+class CallQueue(Generic[CallT]):
+    """The calls that wait; any thread puts, one at a time takes."""
+
+    def __init__(self) -> None:
+        self._together: deque[CallT] = deque()
+        self._alone: deque[CallT] = deque()
+        self._begun: CallT | None = None  # the last one that was taken by itself
+        self._settled_by_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._together) + len(self._alone)
+
+    def put(self, call: CallT) -> None:
+        """Add a call."""
+        (self._alone if call.is_alone else self._together).append(call)
+
+    def oldest(self) -> CallT | None:
+        """Return the call that has waited longest of its kind; None when none waits."""
+        return next(iter(self._alone.copy()), None) or next(iter(self._together.copy()), None)
+
+    def has_next(self, now_s: float) -> bool:
+        """Whether `take` would bring anything; without it, a while later or after news."""
+        return bool(self._together) or (bool(self._alone) and self._may_begin(now_s))
+
+    def take(self, now_s: float) -> list[CallT]:
+        """Take what is to be computed next: all that go together, or else one by itself."""
+        calls: list[CallT] = []
+        while self._together:
+            calls.append(self._together.popleft())
+        if calls or not self._alone or not self._may_begin(now_s):
+            return calls
+        self._begun, self._settled_by_s = self._alone.popleft(), now_s + SETTLE_S
+        return [self._begun]
+
+    def _may_begin(self, now_s: float) -> bool:
+        return self._begun is None or self._begun.is_settled or now_s >= self._settled_by_s
 
 
 @dataclass(slots=True, eq=False)

@@ -41,6 +41,7 @@ class Followers:
         opener: LinkOpener,
         refuse: Callable[[LinkTerms], str],
         deliver: Callable[[Call], None],
+        on_settled: Callable[[], None],
         num_layers: int,
         clock: Clock,
     ) -> None:
@@ -48,6 +49,7 @@ class Followers:
         self._opener = opener
         self._refuse = refuse
         self._deliver = deliver
+        self._on_settled = on_settled
         self._num_layers = num_layers
         self._clock = clock
         self._lock = threading.Lock()
@@ -147,7 +149,7 @@ class Followers:
         except DispatchError as error:
             log.warning("link %d to %s rank %d: %s", attempt, member, rank, error)
             return None
-        served = ServedLink(member, rank, link, terms.num_buffers)
+        served = ServedLink(member, rank, link, terms.num_buffers, self._on_settled)
         with self._lock:
             self._served.add(served)
             self._start(self._receive, served)
@@ -164,5 +166,5 @@ class Followers:
             if not self._closed:
                 log.warning("link to %s rank %d: %s", served.gateway, served.rank, error)
         finally:
-            served.link.close()
+            served.close()
             self._served.discard(served)

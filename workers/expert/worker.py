@@ -3,12 +3,12 @@
 A thread per link receives and queues. Whoever then finds nobody computing computes: the thread
 that received the call, at once and without handing it over, when the worker is idle; else the
 compute thread, for all that came meanwhile. So there is one computation at a time over everything
-that waits, and a lone call pays for no extra thread switch. Nothing waits for a gateway.
+that waits but suspects (`dispatch/suspects`), which are computed one by one, and a lone call pays
+for no extra thread switch. Nothing waits for a gateway.
 """
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from workers.dispatch.header import OLDEST_VERSION, VERSION, Status
 from workers.dispatch.options import LinkTerms
 from workers.dispatch.rendezvous import LinkOpener
 from workers.errors import LinkClosedError, PlacementError
-from workers.expert.batching import into_batches
+from workers.expert.batching import CallQueue, into_batches
 from workers.expert.compute import Answer, compute_batch
 from workers.expert.followers import Followers
 from workers.expert.probe import Fingerprint, Probe
@@ -89,7 +89,7 @@ class ExpertWorker:
             num_experts=config.num_experts,
             clock=clock,
         )
-        self._queue: deque[Call] = deque()
+        self._queue: CallQueue[Call] = CallQueue()
         self._computing = threading.Lock()
         self._loading = threading.Lock()
         self._waiting = threading.Event()
@@ -104,6 +104,7 @@ class ExpertWorker:
             opener=LinkOpener(host, options.device, options.connect_timeout_s, clock),
             refuse=self._refuse,
             deliver=self._deliver,
+            on_settled=self._waiting.set,
             num_layers=config.num_layers,
             clock=clock,
         )
@@ -151,7 +152,7 @@ class ExpertWorker:
 
     def stats(self) -> WorkerStats:
         """Return the worker's load and counters."""
-        oldest = next(iter(self._queue.copy()), None)
+        oldest = self._queue.oldest()
         return WorkerStats(
             slots_used=len(self._slots.held()),
             slots_total=self._slots.num_slots,
@@ -198,7 +199,7 @@ class ExpertWorker:
     def _deliver(self, call: Call) -> None:
         """Queue a call, in its link's thread, and compute it here if nobody is computing."""
         self._last_call_s = call.arrived_s
-        self._queue.append(call)
+        self._queue.put(call)
         if not self._started or not self._computing.acquire(blocking=False):
             return  # whoever is computing looks at the queue once more when done
         try:
@@ -212,23 +213,23 @@ class ExpertWorker:
         """Body of the compute thread: takes over when calls came during a computation."""
         with torch.inference_mode():
             while not self._closed:
-                if self._waiting.wait(_IDLE_TURN_S):
-                    self._waiting.clear()
-                    while self._queue and not self._closed:
-                        with self._computing:
-                            self._compute()
+                self._waiting.wait(_IDLE_TURN_S)
+                self._waiting.clear()
+                while self._queue.has_next(self._clock.now_s()) and not self._closed:
+                    with self._computing:
+                        self._compute()
 
     def _compute(self) -> None:
-        """Compute and answer everything that waits; the caller holds `_computing`."""
-        calls = []
-        while self._queue:
-            calls.append(self._queue.popleft())
+        """Compute and answer what is next of what waits; the caller holds `_computing`."""
+        calls = self._queue.take(self._clock.now_s())
         if not calls:
             return
         started_s = self._clock.now_s()
         lease = self._slots.lease()
         try:
             for calls_of_layer in into_batches(calls):
+                if calls_of_layer[0].is_alone:
+                    self._say_begun(calls_of_layer[0])
                 slot_F = lease.slots_LF[calls_of_layer[0].header.layer]
                 batch = compute_batch(calls_of_layer, self._shard, slot_F, self._device)
                 self._counts["batches"] += 1
@@ -242,6 +243,12 @@ class ExpertWorker:
         finally:
             self._slots.give_back(lease)
         self._compute_s += self._clock.now_s() - started_s
+
+    def _say_begun(self, call: Call) -> None:
+        try:
+            call.served.say_begun(call.header)
+        except LinkClosedError as error:
+            log.info("%s rank %d is gone: %s", call.served.gateway, call.served.rank, error)
 
     def _send(self, answer: Answer) -> None:
         call, frame, header = answer

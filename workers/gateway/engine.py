@@ -2,7 +2,8 @@
 
 A step is all or nothing for each sequence: tokens, states and counts change after the forward and
 the sampling of a whole batch have succeeded. A batch that fails is tried once more, then in
-halves, until what fails is alone: those sequences end with an error, the others never notice.
+halves, until what fails is alone: those sequences end with an error, the others never notice. So
+do sequences whose rows end the expert workers, which the dispatcher finds out.
 """
 
 import threading
@@ -20,6 +21,7 @@ from workers.errors import (
     GatewayFailedError,
     InvalidRequestError,
     OverloadedError,
+    PoisonError,
 )
 from workers.gateway.capture import CaptureBook
 from workers.gateway.lockstep import Leader
@@ -169,9 +171,10 @@ class GatewayEngine:
             work = self._scheduler.schedule()
         if work:
             computed = self._compute(work, retries=1)
-            requests = {sequence.request.request_id for sequence, _ in computed.failed}
-            if len(computed.failed) == len(work) and len(requests) > 1:
-                raise GatewayFailedError(f"all requests fail, at last: {computed.failed[-1][1]!r}")
+            failed = [(s, e) for s, e in computed.failed if not isinstance(e, PoisonError)]
+            requests = {sequence.request.request_id for sequence, _ in failed}
+            if len(failed) == len(work) and len(requests) > 1:
+                raise GatewayFailedError(f"all requests fail, at last: {failed[-1][1]!r}")
             with self._lock:
                 events += computed.events
                 events += [
@@ -231,11 +234,18 @@ class GatewayEngine:
             return {checkpoint.digest: checkpoint.num_tokens for checkpoint in kept}
 
     def _compute(self, work: list[Work], *, retries: int) -> _Computed:
+        if not work:
+            return _Computed()
         for attempts_left in range(retries, -1, -1):
             try:
                 results = self._attempt(work)
             except GatewayFailedError:
                 raise
+            except PoisonError as error:  # known at once, and nobody is to be harmed by it again
+                others = [w for i, w in enumerate(work) if i not in error.segments]
+                computed = self._compute(others, retries=retries)
+                computed.failed += [(work[i].sequence, error) for i in error.segments]
+                return computed
             except Exception as error:  # noqa: BLE001 - whatever a model or a dispatcher raises
                 if attempts_left == 0 and len(work) == 1:
                     return _Computed(failed=[(work[0].sequence, error)])

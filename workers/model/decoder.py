@@ -7,8 +7,10 @@ With several micro-batches the experts of one compute while the mixer of the nex
 Shape legend: R padded rows, S own rows (padded), T own rows, D hidden, E experts, V vocabulary.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workers.dispatch.base import Dispatcher, DispatchHandle
+from workers.errors import PoisonError
 from workers.mesh import TensorParallelGroup
 from workers.model.attention import GatedAttention
 from workers.model.batch import Segment, StepBatch
@@ -83,7 +86,8 @@ class Decoder:
     def forward(self, batch: StepBatch, cache: SequenceCache) -> Tensor:
         """Compute one step; states are staged in the cache, the caller commits or discards them.
 
-        Returns float32 logits [sum of num_logits, vocab_size] in the order of the segments.
+        Returns float32 logits [sum of num_logits, vocab_size] in the order of the segments. Raises
+        PoisonError, on every rank, when the dispatcher of any rank has given up some rows.
         """
         if self._probe is not None:
             self._probe.begin(batch.num_rows)
@@ -98,11 +102,14 @@ class Decoder:
         if not flows:
             return torch.empty(0, self._config.vocab_size, device=self._device)
         x_LD = torch.cat([self._finish(flow) for flow in flows])
+        poisoned = [row for flow in flows for row in flow.poisoned]
         num_logits = x_LD.shape[0]
         if self._options.bit_stable:
             x_LD = functional.pad(x_LD, (0, 0, 0, -num_logits % ROW_TILE))
         # All ranks; ends by the group's deadline.
         logits_LV = self._group.gather_columns(self._head(self._norm(x_LD).to(self._dtype)))
+        if poisoned:  # only now: all ranks have left their collectives
+            raise PoisonError(_segments_of(poisoned, batch))
         return logits_LV[:num_logits, : self._config.vocab_size].float()
 
     def _begin(self, segments: Sequence[Segment], first_row: int, cache: SequenceCache) -> "_Flow":
@@ -125,6 +132,7 @@ class Decoder:
             step=self._kernels.prepare(plan, cache),
             # All ranks; ends by the group's deadline.
             x_SD=self._group.reduce_scatter_rows(self._embed(plan.token_ids_R)),
+            first_row=first_row,
             batch_rows=[first_row + row for row in plan.batch_rows_N[plan.own]],
         )
 
@@ -148,7 +156,7 @@ class Decoder:
         logits_SE, gate_up, shared_gate = layer.moe.project(h_SD).split_with_sizes(
             layer.moe.sizes, -1
         )
-        if flow.plan.num_own:
+        if flow.plan.num_own and not flow.given_up:  # else the step counts for nothing
             cut = flow.plan.cut_own
             expert_ids_SK, weights_SK = layer.moe.gate(logits_SE)
             if self._probe is not None:
@@ -163,13 +171,22 @@ class Decoder:
     def _combine(self, flow: "_Flow") -> None:
         if flow.handle is not None:
             flow.plan.cut_own(flow.x_SD).add_(self._dispatcher.combine(flow.handle))
+            flow.given_up = tuple(flow.handle.given_up)
             flow.handle = None
 
     def _finish(self, flow: "_Flow") -> Tensor:
-        """Return the residual of the rows whose logits are wanted, on every rank."""
+        """Return the residual of the rows whose logits are wanted, on every rank.
+
+        Rows that were given up on one rank are marked for all to see: nothing else is infinite.
+        """
         self._combine(flow)
+        for row in flow.given_up:
+            flow.x_SD[row] = -torch.inf
         # All ranks; ends by the group's deadline.
-        return self._group.all_gather_rows(flow.x_SD).index_select(0, flow.plan.logit_rows)
+        x_RD = flow.plan.cut(self._group.all_gather_rows(flow.x_SD))
+        rows = torch.isneginf(x_RD[:, 0]).nonzero().flatten().tolist()
+        flow.poisoned = [flow.first_row + flow.plan.batch_rows_N[row] for row in rows]
+        return x_RD.index_select(0, flow.plan.logit_rows)
 
 
 class _Moe:
@@ -204,8 +221,11 @@ class _Flow:
     staged: StagedStates
     step: Any
     x_SD: Tensor
+    first_row: int
     batch_rows: list[int]
     handle: DispatchHandle | None = None
+    given_up: tuple[int, ...] = ()  # of this rank's rows
+    poisoned: list[int] = field(default_factory=list)  # rows of the batch, of all ranks
 
 
 def _build_layers(
@@ -235,6 +255,12 @@ def _build_layers(
             )
         )
     return layers
+
+
+def _segments_of(rows: Sequence[int], batch: StepBatch) -> tuple[int, ...]:
+    """Return, in order, the segments of a batch to which its rows belong."""
+    ends = list(accumulate(len(s.token_ids) for s in batch.segments))
+    return tuple(sorted({bisect_right(ends, row) for row in rows}))
 
 
 def _split(segments: Sequence[Segment], num_parts: int) -> list[tuple[Sequence[Segment], int]]:

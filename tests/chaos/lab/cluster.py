@@ -35,6 +35,7 @@ FORMED_S, END_S, CALM_S = 20.0, 120.0, 40.0
 FAULTS = (
     "kill", "kill two", "freeze", "slow", "cut", "break", "join", "drain", "kill controller",
     "double controller", "freeze and kill", "late views", "disown", "drain and kill",
+    "poison",
 )  # fmt: skip
 
 
@@ -217,6 +218,7 @@ class SimCluster:
                 num_layers=NUM_LAYERS,
                 num_experts=NUM_EXPERTS,
                 node=f"n{len(self.processes) % 2}",
+                end=self.end,
             )
         self.processes[process] = made
         self.gateways = [p for p in self.processes.values() if isinstance(p, SimGateway)]
@@ -227,6 +229,9 @@ class SimCluster:
         if target is None:
             return
         target.is_alive = False
+        if isinstance(target, SimWorker):
+            for link in target.links:
+                link.is_reset = self.simulator.draw.random() < 0.8
         self.gateways = [p for p in self.processes.values() if isinstance(p, SimGateway)]
         draw = self.simulator.draw
         for gateway in self.gateways:
@@ -361,6 +366,10 @@ class SimCluster:
             self._late_views_until_s = simulator.now_s() + length_s
         elif fault == "double controller":
             self.start_controller(resume=True)
+        elif fault == "poison":
+            running = [g for g in self.gateways if not g.is_done]
+            if running:
+                draw.choice(running).has_poison = True
         elif victim is None:
             return
         elif fault in {"kill", "kill two"}:

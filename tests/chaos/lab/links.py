@@ -66,6 +66,8 @@ class SimLink:
         self.gateway = gateway
         self.worker = worker
         self.closed = False
+        self.is_reset = False  # the worker has ended, and what it sent last is lost
+        self.settled: int | None = None
         self._net = net
         self._arrived: deque[tuple[Header, Rows]] = deque()
         self.deliver: Callable[[], None] = lambda: None  # set by the gateway's side
@@ -93,7 +95,7 @@ class SimLink:
         """Send a reply to the gateway; it may come after the link has closed."""
 
         def arrive() -> None:
-            if self.closed and not self._net.brings_late_replies():
+            if self.is_reset or (self.closed and not self._net.brings_late_replies()):
                 return
             self._arrived.append((header, Rows(values, masks, None, None)))
             self.deliver()
@@ -228,8 +230,9 @@ class SimLinks:
         peer.links_opened += 1
 
         def deliver() -> None:
-            header, frame = opened.receive()
-            self._user.received(peer, opened, header, frame)
+            received = opened.receive_one()
+            if received is not None:
+                self._user.received(peer, opened, *received)
 
         link.deliver = deliver
         process.links.append(link)

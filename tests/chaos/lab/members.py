@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +12,16 @@ from cluster.control.ports import Opened, ProcessId, Pulse
 from tests.chaos.lab.links import Network, Rows, SimInbox, SimLink, SimLinks
 from tests.chaos.lab.simulator import SimCondition, Simulator
 from workers.dispatch.exchange import LinkDispatcher
-from workers.dispatch.header import Header, Kind, Status
+from workers.dispatch.header import Flag, Header, Kind, Status
 from workers.dispatch.options import DispatchOptions
+from workers.expert.batching import SETTLE_S, CallQueue
 from workers.expert.slots import NO_SLOT, SlotTable
 from workers.placement import ExpertId, MemberId, Role, View
 
 EMPTY = None
+NO_VALUES, NO_MASKS = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.uint32)
 LEASE_S = 5.0
+POISON = 1000.0  # a row of it ends the worker that computes it
 LONGEST_DEADLINE_S = 3.0  # that slow workers may teach; beyond it something is wrong
 
 
@@ -29,6 +32,26 @@ class ViolationError(AssertionError):
 def output(layer: int, expert: int, x: float) -> float:
     """Return what an expert makes of a row: whole numbers, so that every sum is exact."""
     return float((int(x) % 13 + 1) * (1 + expert) + 40 * layer)
+
+
+class SimCall(NamedTuple):
+    """A call that a worker has received."""
+
+    link: SimLink
+    header: Header
+    rows: Rows
+
+    @property
+    def batch_key(self) -> tuple[int, int]:
+        return self.header.layer, self.header.flags
+
+    @property
+    def is_alone(self) -> bool:
+        return bool(self.header.flags & Flag.ALONE)
+
+    @property
+    def is_settled(self) -> bool:
+        return self.link.settled == self.header.message_id or self.link.closed
 
 
 class SimProcess:
@@ -85,6 +108,7 @@ class SimWorker(SimProcess):
         num_layers: int,
         num_experts: int,
         node: str,
+        end: Callable[[ProcessId], None],
     ) -> None:
         super().__init__(simulator, process)
         self.slots = SlotTable(
@@ -97,9 +121,10 @@ class SimWorker(SimProcess):
         self.links: list[SimLink] = []
         self.slow_until_s = 0.0
         self._node = node
+        self._end = end
         self._memory: list[ExpertId | None] = [EMPTY] * num_slots
         self._read: list[set[int]] = []  # slots of the computations under way
-        self._waiting: deque[tuple[SimLink, Header, Rows]] = deque()
+        self._waiting: CallQueue[SimCall] = CallQueue()
         self._computing = self._loading = self._draining = False
         self._started = False
         self._gateways: frozenset[MemberId] = frozenset()
@@ -180,19 +205,32 @@ class SimWorker(SimProcess):
 
     def receive(self, link: SimLink, header: Header, rows: Rows) -> None:
         def take() -> None:
-            self._last_call_s = self.simulator.now_s()
-            self._waiting.append((link, header, rows))
-            if not self._computing and self._started:
-                self._compute()
+            if header.kind == Kind.SETTLED:
+                link.settled = header.message_id
+            else:
+                self._last_call_s = self.simulator.now_s()
+                self._waiting.put(SimCall(link, header, rows))
+            self._go_on()
 
         if not link.closed:
             self.soon(take)
 
+    def _go_on(self) -> None:
+        """Compute what is next, if it may begin; else look again when it may at last."""
+        if self._computing or not self._started:
+            return
+        if self._waiting.has_next(self.simulator.now_s()):
+            self._compute()
+        elif self._waiting:
+            self.simulator.after(SETTLE_S, lambda: self.soon(self._go_on))
+
     def _compute(self) -> None:
-        """Take everything that waits, hold a lease for as long as it takes, and answer."""
+        """Take what is next, hold a lease for as long as it takes, and answer."""
         self._computing = True
-        calls = list(self._waiting)
-        self._waiting.clear()
+        calls = self._waiting.take(self.simulator.now_s())
+        if calls[0].is_alone:
+            link, header, _ = calls[0]
+            link.answer(header._replace(kind=Kind.BEGUN, num_rows=0), NO_VALUES, NO_MASKS)
         lease = self.slots.lease()
         found = [lease.slots_LF[h.layer].take(r.ids) for _, h, r in calls]
         read = {int(s) for slots in found for s in slots.ravel() if s != NO_SLOT}
@@ -201,13 +239,16 @@ class SimWorker(SimProcess):
         takes_s = self.simulator.draw.choice((0.001, 0.06, 0.2, 0.4)) if slow else 0.001
 
         def finish() -> None:
+            if any((rows.values == POISON).any() for _, _, rows in calls):
+                self.simulator.note(f"{self.member} ends by poison, alone: {calls[0].is_alone}")
+                self._end(self.process)
+                return
             for (link, header, rows), slots in zip(calls, found, strict=True):
                 self._answer(link, header, rows, slots)
             self._read.remove(read)
             self.slots.give_back(lease)
             self._computing = False
-            if self._waiting:
-                self._compute()
+            self._go_on()
 
         self.simulator.after(takes_s, lambda: self.soon(finish))
 
@@ -265,6 +306,7 @@ class SimGateway(SimProcess):
         self._take_in = self.dispatcher._take_in
         self.dispatcher._take_in = self._watched_take_in  # type: ignore[method-assign]
         self.steps_done = 0
+        self.has_poison = False  # its next step has a row of it
         self.step_since_s = 0.0
         self.num_steps = num_steps
         self.view: View | None = None
@@ -336,9 +378,15 @@ class SimGateway(SimProcess):
 
     def _step(self, layer: int, num_rows: int) -> None:
         draw = self.simulator.draw
+        if self.has_poison:
+            num_rows = 3
         ids = [draw.sample(range(self._num_experts), 2) for _ in range(num_rows)]
         weights = [[draw.randrange(1, 8) for _ in range(2)] for _ in range(num_rows)]
-        x = [draw.randrange(1, 1000) for _ in range(num_rows)]
+        x: list[float] = [draw.randrange(1, 1000) for _ in range(num_rows)]
+        if self.has_poison:
+            self.has_poison = False
+            x[1] = POISON
+            ids = ids[:1] * num_rows  # so another one is computed alone just before it
         handle = self.dispatcher.dispatch(
             layer,
             torch.tensor(x, dtype=torch.float32)[:, None],
@@ -347,6 +395,10 @@ class SimGateway(SimProcess):
         )
         y = self.dispatcher.combine(handle)[:, 0].tolist()
         for row in range(num_rows):
+            if row in handle.given_up:
+                if x[row] != POISON:
+                    raise ViolationError(f"I1: {self.member} gave up a row that ends nobody")
+                continue
             due = sum(
                 w * output(layer, e, x[row]) for e, w in zip(ids[row], weights[row], strict=True)
             )

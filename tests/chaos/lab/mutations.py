@@ -19,6 +19,8 @@ from workers.dispatch.outbox import Outbox
 from workers.dispatch.plan import Planner
 from workers.dispatch.recovery import AnswerTimes, Attempt, Group, LayerCall
 from workers.dispatch.roster import Roster
+from workers.dispatch.suspects import Suspects
+from workers.expert.batching import CallQueue
 from workers.expert.slots import SlotTable
 from workers.gateway.lockstep import Follower, Leader, Outcome
 
@@ -54,6 +56,27 @@ def forget_what_a_reply_left_out() -> Any:
         return original(self, message_id, worker, incarnation, whole, payload)
 
     return replaced(LayerCall, "reply", reply)
+
+
+def blame_whoever_was_there() -> Any:
+    """I1: rows are given up for having been with workers that ended, computed alone or not."""
+    original = Suspects.lost
+
+    def lost(self: Suspects, worker: Any, pairs: Any, *, alone: bool) -> None:
+        del alone
+        original(self, worker, pairs, alone=True)
+
+    return replaced(Suspects, "lost", lost)
+
+
+def begin_before_it_is_settled() -> Any:
+    """I1: a suspect is computed while the reply to the one before may still be lost."""
+    return replaced(CallQueue, "_may_begin", lambda self, now_s: True)
+
+
+def blame_nobody() -> Any:
+    """I9: rows that workers end by are sent to the next one, for ever."""
+    return replaced(Suspects, "open_pairs", lambda self, pairs: pairs)
 
 
 def keep_calls_of_a_lost_link() -> Any:
@@ -208,6 +231,9 @@ class Mutation:
 MUTATIONS: dict[str, Mutation] = {
     "I1 sum every reply": Mutation(sum_every_reply),
     "I1 forget what a reply left out": Mutation(forget_what_a_reply_left_out),
+    "I1 blame whoever was there": Mutation(blame_whoever_was_there),
+    "I1 begin before it is settled": Mutation(begin_before_it_is_settled),
+    "I9 blame nobody": Mutation(blame_nobody),
     "I2 use replies of any link": Mutation(use_replies_of_any_link),
     "I3 write without waiting": Mutation(write_without_waiting),
     "I4 drop what nobody serves": Mutation(drop_what_nobody_serves),

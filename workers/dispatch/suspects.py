@@ -1,0 +1,62 @@
+"""Which rows of a layer expert workers may have ended by. Pure.
+
+A worker that ends takes every call along that it had, so what was with it proves little: such rows
+are *suspects* once they have met it often enough, and from then on each is sent in a message of its
+own, which a worker computes by itself after saying so. A worker that ends then has shown which row
+it was; a row is given up once it has been shown so by several. Nobody else is ever in doubt,
+however many workers end meanwhile and whoever else waits for their replacements.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.dispatch.pairs import Pairs
+from workers.placement import MemberId
+
+MEETINGS = 2  # workers lost with a row until it is a suspect
+PROOFS = 2  # workers that ended computing nothing else: one may have ended by chance
+
+
+class Suspects:
+    """What is known against the rows of one layer; nothing, as long as no link is lost."""
+
+    def __init__(self) -> None:
+        self._met: dict[int, set[MemberId]] = {}
+        self._shown: dict[int, set[MemberId]] = {}
+        self.given_up: set[int] = set()
+
+    def __bool__(self) -> bool:
+        """Whether any row has met a lost worker."""
+        return bool(self._met)
+
+    def lost(self, worker: MemberId, pairs: Pairs, *, alone: bool) -> None:
+        """A worker was lost that had been sent these pairs; `alone`: it computed nothing else."""
+        for row in pairs.layer_rows():
+            self._met.setdefault(row, set()).add(worker)
+            if alone:
+                shown = self._shown.setdefault(row, set())
+                shown.add(worker)
+                if len(shown) >= PROOFS:
+                    self.given_up.add(row)
+
+    def apart(self, pairs: Pairs) -> Iterator[tuple[Pairs, bool]]:
+        """Yield these pairs in the messages that they travel in, and whether each is alone."""
+        rows = pairs.layer_rows()
+        suspect_R = np.array([len(self._met.get(row, ())) >= MEETINGS for row in rows])
+        if not suspect_R.all():
+            yield _cut(pairs, ~suspect_R), False
+        for at in np.flatnonzero(suspect_R):
+            yield _cut(pairs, np.arange(len(rows)) == at), True
+
+    def open_pairs(self, pairs: Pairs) -> Pairs | None:
+        """Return the pairs whose rows are not given up; None when there are none."""
+        if not self.given_up:
+            return pairs
+        open_R = np.array([row not in self.given_up for row in pairs.layer_rows()])
+        return _cut(pairs, open_R) if open_R.any() else None
+
+
+def _cut(pairs: Pairs, chosen_R: NDArray[np.bool_]) -> Pairs:
+    return pairs if chosen_R.all() else pairs.only(np.where(chosen_R, pairs.masks_R, 0))
