@@ -20,6 +20,11 @@ class Role(Enum):
     GATEWAY = "gateway"
     EXPERT_WORKER = "expert_worker"
 
+    @property
+    def plural(self) -> str:
+        """What several of them are called."""
+        return "front doors" if self is Role.FRONT_DOOR else f"{self.value.replace('_', ' ')}s"
+
 
 class MemberState(Enum):
     """Where a member stands between joining and having gone."""

@@ -1,13 +1,14 @@
 """`expertmesh check`: what a configuration would need, without starting anything."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from cluster.app import check_startable
+from cluster.app import ModelFacts, check_startable, desired_of, floor_of
 from cluster.config import ClusterConfig
 from cluster.serving import model_directory, model_facts
 from workers.errors import ExpertmeshError
@@ -41,37 +42,44 @@ def check_command(config: ClusterConfig, *, parity: bool) -> None:
         f"weights {facts.weights_version}",
         highlight=False,
     )
-    console.print(_memory_table(model, config))
+    console.print(_memory_table(model, config, facts))
     if parity:
         _check_parity(console, directory, model)
 
 
-def _memory_table(model: ModelConfig, config: ClusterConfig) -> Table:
+def _memory_table(model: ModelConfig, config: ClusterConfig, facts: ModelFacts) -> Table:
     ranks, workers = config.gateways.tensor_parallel, config.experts.workers
     dtype = getattr(torch, config.compute_dtype)
     context = config.gateways.context_tokens or model.max_position_embeddings
     table = Table(title=f"memory in {dtype}", title_justify="left")
     table.add_column("what")
     table.add_column("bytes", justify="right")
-    for floor in (1, 2):
-        plan = memory_plan(
-            model, tensor_parallel=ranks, num_workers=workers, dtype=dtype, replicas=floor
-        )
-        if floor == 1:
-            table.add_row(f"weights of one of {ranks} gateway ranks", _size(max(plan.rank_bytes)))
-            table.add_row("one expert", _size(plan.slot_bytes))
-        if workers:
-            copies = "1 copy" if floor == 1 else f"{floor} copies"
-            table.add_row(
-                f"experts on one of {workers} expert workers, {copies} of each",
-                _size(max(plan.worker_bytes)),
-            )
+    plan = memory_plan(model, tensor_parallel=ranks, num_workers=workers, dtype=dtype)
+    table.add_row(f"weights of one of {ranks} gateway ranks", _size(max(plan.rank_bytes)))
+    table.add_row("one expert, which is a slot", _size(plan.slot_bytes))
+    for what, slots in _workers_rows(config, facts):
+        table.add_row(what, _size(slots * plan.slot_bytes))
     kv = kv_bytes_per_token(model, ranks, dtype)
     table.add_row("KV of one token on one rank", _size(kv))
     table.add_row("recurrent state of one sequence on one rank",
                   _size(state_bytes_per_sequence(model, ranks, dtype)))  # fmt: skip
     table.add_row(f"KV of a full context of {context} tokens on one rank", _size(kv * context))
     return table
+
+
+def _workers_rows(config: ClusterConfig, facts: ModelFacts) -> Iterator[tuple[str, int]]:
+    """Yield, for one and two copies of each expert and for the wanted ones, a worker's slots."""
+    workers, wanted = config.experts.workers, floor_of(config, facts)
+    for floor in sorted({1, 2, wanted}) if workers else ():
+        experts = config.experts.model_copy(update={"floor": floor})
+        slots = desired_of(config.model_copy(update={"experts": experts}), facts).num_slots
+        copies = "1 copy" if floor == 1 else f"{floor} copies"
+        what = f"one of {workers} expert workers, {copies} of each expert: {slots} slots"
+        if floor == wanted:
+            what += ", as configured"
+            if floor > workers // config.control.cells:
+                what += "; no two copies go to one worker, so there will be fewer"
+        yield what, slots
 
 
 def _check_parity(console: Console, directory: Path, model: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -96,14 +97,23 @@ def _cell_of(member: pb.Member) -> str:
 def watch_command(server: Server, *, num_rounds: int | None = None) -> None:
     """Show every member's state, load and stalls, again each second, until interrupted.
 
-    `num_rounds` limits how often.
+    In place on a terminal; elsewhere one after the other. `num_rounds` limits how often.
     """
+    console = Console()
+    if not console.is_terminal:
+        _watch(server, console.print, num_rounds)
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        _watch(server, lambda table: live.update(table, refresh=True), num_rounds)
+
+
+def _watch(server: Server, show: Callable[[Group], None], num_rounds: int | None) -> None:
     rates, clock = Rates(), SystemClock()
-    with channel_to(server) as channel, Live(auto_refresh=False) as live:
+    with channel_to(server) as channel:
         stub = ClusterServiceStub(channel)
         while num_rounds is None or num_rounds > 0:
             status = stub.GetStatus(pb.GetStatusRequest(), timeout=_DEADLINE_S).status
-            live.update(live_table(status, rates, clock.now_s()), refresh=True)
+            show(live_table(status, rates, clock.now_s()))
             time.sleep(_EVERY_S)
             num_rounds = num_rounds - 1 if num_rounds is not None else None
 

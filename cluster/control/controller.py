@@ -141,8 +141,9 @@ class Controller:
 
         Raises NotFoundError for a name that nobody has, RefusedError as `scale` does.
         """
-        for life in self._lives.values():
-            if name in {life.member.id.name, str(life.member.id)} and not life.leaving:
+        named = [x for x in self._lives.values() if name in {x.member.id.name, str(x.member.id)}]
+        for life in named:
+            if not life.leaving:
                 if life.enlisted:
                     self._check_count(life.role, self._wanted[life.role] - 1)
                     self._check_bounds(life.role, self._wanted[life.role] - 1)
@@ -150,7 +151,9 @@ class Controller:
                 self._dismiss(life, "drained by an operator")
                 self._publish()
                 return life.member.id
-        raise NotFoundError(f"no member {name} that could leave; `expertmesh status` lists them")
+        if named:
+            raise NotFoundError(f"{name} is leaving already")
+        raise NotFoundError(f"no member {name}, or it has gone; `expertmesh status` lists them")
 
     def rollout(self) -> int:
         """Begin to replace, one by one, the members with outdated settings; returns how many."""
@@ -511,7 +514,7 @@ class Controller:
         if bounds is not None and not bounds[0] <= count <= bounds[1]:
             section = "experts" if role is Role.EXPERT_WORKER else f"{role.value}s"
             raise RefusedError(
-                f"{count} of role {role.value}: the number follows load between {bounds[0]} and "
+                f"{count} {role.plural}: the number follows load between {bounds[0]} and "
                 f"{bounds[1]}; change autoscaler.{section}.min or max and apply"
             )
 

@@ -73,7 +73,7 @@ def check_count(
 ) -> None:
     """Raise RefusedError, with the reason, when so many members of a role cannot be wanted."""
     if role not in wanted:
-        raise RefusedError(f"members of role {role.value} cannot be scaled")
+        raise RefusedError(f"{role.plural} cannot be scaled")
     is_experts = role is Role.EXPERT_WORKER
     if is_experts and not wanted[role]:
         raise RefusedError(
@@ -84,7 +84,7 @@ def check_count(
     fewest, most = count // cells, math.ceil(count / cells)
     rises = count > wanted[role]
     if fewest < 1:
-        raise RefusedError(f"{count} of role {role.value}: at least 1 must stay{each}")
+        raise RefusedError(f"{count} {role.plural}: at least 1 must stay{each}")
     if is_experts and fewest * desired.num_slots < num_experts:
         raise RefusedError(
             f"{fewest} expert workers of {desired.num_slots} slots{each} cannot hold the "
