@@ -38,8 +38,8 @@ def chaos_command(
     def progress(done: Done) -> None:
         done_so_far.append(done)
         console.print(
-            f"{len(done_so_far)}/{total} {done.window.kind} {' '.join(done.members)}: "
-            f"whole after {done.whole_after_s:.1f} s",
+            f"{len(done_so_far)}/{total} {' '.join((done.window.kind, *done.members))}: "
+            f"all members serve, and all copies are there, after {done.whole_after_s:.1f} s",
             style="dim",
         )
 
@@ -115,4 +115,4 @@ def _recoveries(recoveries: dict[str, Any]) -> str:
     shares = [
         f"{n / total:.1%} in {name}" for n, name, k in zip(upto, names, layers, strict=True) if k
     ]
-    return f"{total} layers lost rows; from then on they took: {', '.join(shares)}"
+    return f"{total} layers lost rows; complete after the loss was noticed: {', '.join(shares)}"

@@ -118,7 +118,10 @@ def test_the_report_says_how_soon_lost_rows_were_made_good(run) -> None:
 
     assert report["recoveries_s"]["layers"][:5] == [3, 0, 0, 1, 0]
     caption = table_of(report).caption
-    assert caption == "4 layers lost rows; from then on they took: 75.0% in 2 ms, 100.0% in 20 ms"
+    assert (
+        caption
+        == "4 layers lost rows; complete after the loss was noticed: 75.0% in 2 ms, 100.0% in 20 ms"
+    )
     late = table_of({**report, "longest_deadline_s": 2.0}).caption
     assert late.endswith("\nthe longest deadline that a worker missed was 2.000 s")
 

@@ -509,6 +509,16 @@ def test_a_gateway_that_leaves_drains_while_another_serves() -> None:
     assert {p.member.name for p in drained} == {"gateway-1"}
 
 
+def test_who_is_drained_twice_is_told_so_and_a_name_that_nobody_has_is_another_matter() -> None:
+    bench = Bench(gateways=2)
+    bench.ticks()
+    bench.controller.drain("gateway-1")
+    with pytest.raises(NotFoundError, match="gateway-1 is leaving already"):
+        bench.controller.drain("gateway-1")
+    with pytest.raises(NotFoundError, match="no member gateway-9"):
+        bench.controller.drain("gateway-9")
+
+
 def test_a_new_controller_takes_over_all_that_serves_and_starts_nothing() -> None:
     bench = Bench(workers=3, standby=1, floor=2)
     bench.ticks()
