@@ -10,8 +10,8 @@ from typing import Any
 
 from workers.dispatch import exchange, header
 from workers.dispatch.exchange import LinkDispatcher
-from workers.dispatch.pairs import Pairs
 from workers.dispatch.recovery import AnswerTimes, Attempt, Group
+from workers.dispatch.row_pairs import Pairs
 from workers.dispatch.suspects import Suspects
 from workers.expert.slots import Lease, SlotTable
 

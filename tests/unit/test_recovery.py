@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from workers.dispatch.pairs import Pairs
 from workers.dispatch.recovery import AnswerTimes, Attempt, HedgeBudget, LayerCall
+from workers.dispatch.row_pairs import Pairs
 from workers.placement import MemberId
 
 W = [MemberId(f"worker-{i}", 1) for i in range(4)]

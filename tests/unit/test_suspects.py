@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from workers.dispatch.pairs import Pairs
+from workers.dispatch.row_pairs import Pairs
 from workers.dispatch.suspects import MEETINGS, PROOFS, Suspects
 from workers.placement import MemberId
 

@@ -23,10 +23,10 @@ from workers.dispatch.inbox import Arrived, Inbox
 from workers.dispatch.link_set import LinkSet, OpenLink, Peer
 from workers.dispatch.options import DispatchOptions, MessageShape
 from workers.dispatch.outbox import CallHandle, OpenCall, Outbox
-from workers.dispatch.pairs import Pairs
 from workers.dispatch.plan import ReplicaIndex
 from workers.dispatch.recovery import Attempt, HedgeBudget, LayerCall, Recoveries
 from workers.dispatch.roster import Roster
+from workers.dispatch.row_pairs import Pairs
 from workers.dispatch.rows import StagedReply, sum_by_expert, sum_partials, summed_masks
 from workers.dispatch.tally import LoadReport, LoadTally
 from workers.errors import DeadlineError, DispatchError, LinkClosedError

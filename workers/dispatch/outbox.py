@@ -15,10 +15,10 @@ from workers.clock import Clock
 from workers.dispatch.header import Flag, Header, Kind
 from workers.dispatch.link_set import LinkSet, OpenLink, Peer
 from workers.dispatch.options import DispatchOptions
-from workers.dispatch.pairs import Pairs
 from workers.dispatch.plan import PlannedCall
 from workers.dispatch.recovery import Attempt, Group, LayerCall
 from workers.dispatch.roster import Roster
+from workers.dispatch.row_pairs import Pairs
 from workers.dispatch.rows import pack_rows
 from workers.errors import LinkClosedError
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.dispatch.pairs import Pairs
+from workers.dispatch.row_pairs import Pairs
 from workers.dispatch.suspects import Suspects
 from workers.placement import MemberId
 from workers.types import RECOVERY_BOUNDS_S

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from workers.dispatch.header import ReplyFrame, RequestFrame
 from workers.dispatch.link_set import OpenLink
-from workers.dispatch.pairs import Pairs
 from workers.dispatch.recovery import Attempt
+from workers.dispatch.row_pairs import Pairs
 from workers.errors import DispatchError
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.dispatch.pairs import Pairs
+from workers.dispatch.row_pairs import Pairs
 from workers.placement import MemberId
 
 MEETINGS = 2  # workers lost with a row until it is a suspect
