@@ -30,8 +30,14 @@ def main() -> None:
     quiet()
     print(f"{options.seeds} seeds from {options.first}", flush=True)
     started_s = time.perf_counter()
+    num_told = 0
 
     def tell(num_seeds: int, so_far: Batch) -> None:
+        nonlocal num_told
+        for name, seed, violation in so_far.violations[num_told:]:
+            print(f"{name} seed {seed}: {violation}", flush=True)
+            print(f"  python -m tests.chaos.lab --seed {seed} --trace", flush=True)
+        num_told = len(so_far.violations)
         if num_seeds % TOLD_EVERY == 0:
             rate = num_seeds / (time.perf_counter() - started_s)
             print(
@@ -42,8 +48,6 @@ def main() -> None:
     batch = run_all(options.first, options.seeds, options.processes, tell)
     took_s = time.perf_counter() - started_s
     print(f"{took_s:.0f} s, {options.seeds / took_s:.1f} seeds/s", flush=True)
-    for name, seed, violation in batch.violations[:50]:
-        print(f"{name} seed {seed}: {violation}\n  python -m tests.chaos.lab --seed {seed} --trace")
     missing = sorted(expected() - set(batch.visited))
     print(f"{len(batch.visited)} pairs of state and event visited; not visited: {missing}")
     found = find_mutations(MUTATION_LIMIT, options.processes)

@@ -29,9 +29,9 @@ def test_nothing_is_held_against_a_row_until_a_worker_is_lost():
 def test_rows_that_met_enough_lost_workers_travel_each_in_a_message_of_its_own():
     suspects = Suspects()
     for worker in W[: MEETINGS - 1]:
-        suspects.lost(worker, pairs_of([1, 2, 4]), alone=False)
+        suspects.lost(worker, pairs_of([1, 2, 4]))
     assert messages(suspects, [1, 2, 4]) == [([1, 2, 4], False)]
-    suspects.lost(W[4], pairs_of([2, 4]), alone=False)
+    suspects.lost(W[4], pairs_of([2, 4]))
     assert messages(suspects, [1, 2, 4]) == [([1], False), ([2], True), ([4], True)]
     assert messages(suspects, [2, 4]) == [([2], True), ([4], True)]
 
@@ -39,24 +39,35 @@ def test_rows_that_met_enough_lost_workers_travel_each_in_a_message_of_its_own()
 def test_one_worker_is_met_once_however_often_its_link_breaks():
     suspects = Suspects()
     for _ in range(9):
-        suspects.lost(W[0], pairs_of([1]), alone=True)
+        suspects.lost(W[0], pairs_of([1]))
+    for number in range(9):
+        suspects.shown(W[0], pairs_of([1]), number, number)
     assert messages(suspects, [1]) == [([1], False)]
     assert not suspects.given_up
 
 
-def test_a_row_is_given_up_when_several_workers_ended_computing_nothing_else():
+def test_a_row_is_given_up_when_it_was_shown_again_and_again():
     suspects = Suspects()
-    for worker in W[:PROOFS]:
+    for number, worker in enumerate(W[:PROOFS]):
         assert suspects.open_pairs(pairs_of([7, 8])).layer_rows() == [7, 8]
-        suspects.lost(worker, pairs_of([7]), alone=True)
+        suspects.shown(worker, pairs_of([7]), number, number)
     assert suspects.given_up == {7}
     left = suspects.open_pairs(pairs_of([7, 8]))
     assert (left.layer_rows(), left.ids_RK.tolist()) == ([8], [[8, -1]])
     assert suspects.open_pairs(pairs_of([7])) is None
 
 
+def test_workers_that_end_together_show_a_row_once():
+    suspects = Suspects()
+    for number, worker in enumerate(W[:3], start=1):  # all three were on their way at the first
+        suspects.shown(worker, pairs_of([7]), number, 3)
+    assert not suspects.given_up
+    suspects.shown(W[3], pairs_of([7]), 4, 4)
+    assert suspects.given_up == {7}
+
+
 def test_a_row_that_is_only_ever_with_others_is_never_given_up():
     suspects = Suspects()
     for worker in W:
-        suspects.lost(worker, pairs_of([1, 2]), alone=False)
+        suspects.lost(worker, pairs_of([1, 2]))
     assert not suspects.given_up

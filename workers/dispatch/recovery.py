@@ -88,6 +88,7 @@ class LayerCall:
         self.complete = False
         self.disturbed = False  # something was lost, left out or hedged
         self.suspects = Suspects()
+        self._newest = 0  # message
         self._unplanned: list[Group] = [self.root]
 
     def needs(self) -> list[Group]:
@@ -105,6 +106,7 @@ class LayerCall:
             group.attempts.append(attempt)
             group.num_open += 1
             self.outstanding[attempt.message_id] = attempt
+            self._newest = attempt.message_id
         if group.covered:
             self._settle(group)
 
@@ -157,8 +159,9 @@ class LayerCall:
         ]  # fmt: skip
         for attempt in lost:
             if attempt.is_sent:
-                alone = attempt.message_id == computing
-                self.suspects.lost(worker, attempt.pairs, alone=alone)
+                self.suspects.lost(worker, attempt.pairs)
+            if attempt.message_id == computing:
+                self.suspects.shown(worker, attempt.pairs, computing, self._newest)
             self.give_up(attempt)
         return lost
 

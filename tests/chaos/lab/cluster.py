@@ -183,6 +183,7 @@ class SimCluster:
         self.net = Network(self.simulator, shape, capacity=4)
         self._reached_since_s: dict[SimGateway, float] = {}
         self._late_views_until_s = 0.0
+        self._ended_alone: Counter[float] = Counter()  # workers, by the row they computed then
 
     # Processes
 
@@ -206,6 +207,7 @@ class SimCluster:
                 num_layers=NUM_LAYERS,
                 num_experts=NUM_EXPERTS,
                 num_steps=self.options.num_steps,
+                num_ended_alone=self._ended_alone.__getitem__,
                 options=DispatchOptions(
                     capacity_rows=32, num_buffers=2, first_deadline_s=0.3, min_deadline_s=0.05
                 ),
@@ -230,6 +232,8 @@ class SimCluster:
             return
         target.is_alive = False
         if isinstance(target, SimWorker):
+            if target.alone is not None:
+                self._ended_alone[target.alone] += 1
             for link in target.links:
                 link.is_reset = self.simulator.draw.random() < 0.8
         self.gateways = [p for p in self.processes.values() if isinstance(p, SimGateway)]

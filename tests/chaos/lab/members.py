@@ -14,6 +14,7 @@ from tests.chaos.lab.simulator import SimCondition, Simulator
 from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.header import Flag, Header, Kind, Status
 from workers.dispatch.options import DispatchOptions
+from workers.dispatch.suspects import PROOFS
 from workers.expert.batching import SETTLE_S, CallQueue
 from workers.expert.slots import NO_SLOT, SlotTable
 from workers.placement import ExpertId, MemberId, Role, View
@@ -120,6 +121,7 @@ class SimWorker(SimProcess):
         )
         self.links: list[SimLink] = []
         self.slow_until_s = 0.0
+        self.alone: float | None = None  # the row that it computes and nothing else
         self._node = node
         self._end = end
         self._memory: list[ExpertId | None] = [EMPTY] * num_slots
@@ -231,6 +233,7 @@ class SimWorker(SimProcess):
         if calls[0].is_alone:
             link, header, _ = calls[0]
             link.answer(header._replace(kind=Kind.BEGUN, num_rows=0), NO_VALUES, NO_MASKS)
+            self.alone = float(calls[0].rows.values[0])
         lease = self.slots.lease()
         found = [lease.slots_LF[h.layer].take(r.ids) for _, h, r in calls]
         read = {int(s) for slots in found for s in slots.ravel() if s != NO_SLOT}
@@ -248,6 +251,7 @@ class SimWorker(SimProcess):
             self._read.remove(read)
             self.slots.give_back(lease)
             self._computing = False
+            self.alone = None
             self._go_on()
 
         self.simulator.after(takes_s, lambda: self.soon(finish))
@@ -286,6 +290,7 @@ class SimGateway(SimProcess):
         num_experts: int,
         num_steps: int,
         options: DispatchOptions,
+        num_ended_alone: Callable[[float], int],
     ) -> None:
         super().__init__(simulator, process)
 
@@ -309,6 +314,7 @@ class SimGateway(SimProcess):
         self.has_poison = False  # its next step has a row of it
         self.step_since_s = 0.0
         self.num_steps = num_steps
+        self._num_ended_alone = num_ended_alone
         self.view: View | None = None
         self._num_layers = num_layers
         self._num_experts = num_experts
@@ -396,7 +402,7 @@ class SimGateway(SimProcess):
         y = self.dispatcher.combine(handle)[:, 0].tolist()
         for row in range(num_rows):
             if row in handle.given_up:
-                if x[row] != POISON:
+                if self._num_ended_alone(x[row]) < PROOFS:
                     raise ViolationError(f"I1: {self.member} gave up a row that ends nobody")
                 continue
             due = sum(

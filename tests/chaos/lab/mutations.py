@@ -60,13 +60,19 @@ def forget_what_a_reply_left_out() -> Any:
 
 def blame_whoever_was_there() -> Any:
     """I1: rows are given up for having been with workers that ended, computed alone or not."""
-    original = Suspects.lost
+    original = LayerCall.link_lost
 
-    def lost(self: Suspects, worker: Any, pairs: Any, *, alone: bool) -> None:
-        del alone
-        original(self, worker, pairs, alone=True)
+    def link_lost(
+        self: LayerCall, worker: Any, incarnation: int, computing: int | None = None
+    ) -> Any:
+        del computing
+        for attempt in self.outstanding.values():
+            if (attempt.worker, attempt.incarnation) == (worker, incarnation):
+                number = attempt.message_id
+                self.suspects.shown(worker, attempt.pairs, number, self._newest)
+        return original(self, worker, incarnation)
 
-    return replaced(Suspects, "lost", lost)
+    return replaced(LayerCall, "link_lost", link_lost)
 
 
 def begin_before_it_is_settled() -> Any:
