@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import DispatchError
-from workers.expert.batching import SETTLE_S, CallQueue, group_by_expert, into_batches, masks_of
+from workers.expert.batching import (
+    PASSES,
+    SETTLE_S,
+    CallQueue,
+    group_by_expert,
+    into_batches,
+    masks_of,
+)
 
 
 @dataclass
@@ -17,6 +24,7 @@ class Waiting:
     batch_key: tuple[int, int] = (0, 0)
     is_alone: bool = False
     is_settled: bool = False
+    arrived_s: float = 0.0
 
 
 def test_calls_of_one_layer_are_one_batch_whoever_sent_them_and_the_oldest_comes_first():
@@ -48,6 +56,27 @@ def test_who_must_be_alone_is_taken_one_by_one_when_nothing_else_waits():
     assert take(0.5 + SETTLE_S) == "z", "nobody waits for a gateway for long"
     assert not queue
     assert queue.oldest() is None
+
+
+def test_who_must_be_alone_is_passed_over_a_few_times_and_no_more():
+    queue = CallQueue()
+    queue.put(Waiting("x", is_alone=True))
+    taken = []
+    for turn in range(PASSES + 2):
+        queue.put(Waiting(str(turn)))
+        taken.append("".join(call.name for call in queue.take(0.0)))
+    assert taken[PASSES] == "x"
+    assert "".join(taken) == "0123x45"
+
+
+def test_the_oldest_is_who_came_first_of_either_kind():
+    queue = CallQueue()
+    assert queue.oldest() is None
+    for call in (Waiting("x", is_alone=True, arrived_s=2.0), Waiting("a", arrived_s=1.0)):
+        queue.put(call)
+    assert queue.oldest().name == "a"
+    queue.take(3.0)
+    assert queue.oldest().name == "x"
 
 
 def test_nothing_waiting_is_no_batch():

@@ -204,6 +204,29 @@ def test_whose_rows_end_expert_workers_is_failed_at_once_and_computed_never_agai
     assert_all_free(engine)
 
 
+def test_all_sequences_of_a_request_that_ends_expert_workers_fail_with_the_first():
+    engine, model = make_engine(max_sequences=8, step_tokens=40)
+    engine.submit(make_request("guilty", (9, 2), num_sequences=3))
+    innocent = make_request("innocent", (1, 2))
+    engine.submit(innocent)
+    num_poisoned = 0
+
+    def poison(batch):
+        nonlocal num_poisoned
+        found = [i for i, s in enumerate(batch.segments) if 9 in s.token_ids]
+        num_poisoned += bool(found)
+        if found:
+            raise PoisonError(tuple(found[:1]))  # the step ends with the first that is known
+        return False
+
+    model.fail = poison
+    transcript = run_to_end(engine)
+    assert num_poisoned == 1
+    assert [transcript.last["guilty", i].finish for i in range(3)] == [FinishReason.ERROR] * 3
+    assert transcript.tokens["innocent", 0] == expected_tokens(innocent)
+    assert_all_free(engine)
+
+
 def test_a_gateway_on_which_everything_fails_is_at_fault_itself():
     engine, model = make_engine()
     engine.submit(make_request("a"))

@@ -9,7 +9,7 @@ from workers.dispatch.recovery import AnswerTimes, Attempt, HedgeBudget, LayerCa
 from workers.dispatch.row_pairs import Pairs
 from workers.placement import MemberId
 
-W = [MemberId(f"worker-{i}", 1) for i in range(4)]
+W = [MemberId(f"worker-{i}", 1) for i in range(6)]
 
 
 def all_pairs(ids):
@@ -383,21 +383,42 @@ def test_a_loss_is_proof_only_against_the_call_that_the_worker_began_to_compute_
         first = lab.send(group, worker, some([0], [[1]], [1]), rest=some([1], [[2]], [1]))
         second = lab.send(group, worker, some([1], [[2]], [1]))
         first.is_sent = second.is_sent = True
+        assert not lab.call.suspects.given_up
         lab.call.link_lost(worker, 1, computing=second.message_id)
-        (*_, group) = lab.call.needs()
+        group = next(iter(lab.call.needs()[::-1]), None)
     assert lab.call.suspects.given_up == {1}
 
 
-def test_a_call_of_which_all_that_is_left_is_given_up_is_complete_without_it():
+def test_a_call_is_at_an_end_with_the_first_row_that_is_given_up():
+    """Its step is taken again without that row: what else is on its way may only do more harm."""
+    lab = Lab([[1], [2], [3]])
+    group = lab.need()
+    answered = lab.send(group, W[5], some([0], [[1]], [1]), rest=some([1, 2], [[2], [3]], [1, 1]))
+    awaited = lab.send(group, W[4], some([1], [[2]], [1]), rest=some([2], [[3]], [1]))
+    lab.answer(answered)
+    for worker in W[:2]:
+        assert not lab.call.complete
+        guilty = lab.send(group, worker)
+        guilty.is_sent = True
+        lab.call.link_lost(worker, 1, computing=guilty.message_id)
+        group = next(iter(lab.call.needs()), None)
+    assert lab.call.complete
+    assert group is None, "nothing of it is sent any more"
+    assert not lab.call.awaits(awaited)
+    assert lab.answer(awaited) is None
+    assert lab.winners() == ["reply to 1"]
+
+
+def test_a_hedge_that_is_lost_says_nothing_of_rows_that_were_computed_elsewhere():
     lab = Lab([[1], [2]])
     group = lab.need()
-    answered = lab.send(group, W[0], some([0], [[1]], [1]), rest=some([1], [[2]], [1]))
-    lab.send(group, W[1])
-    lab.answer(answered)
-    lab.call.link_lost(W[1], 1)
-    lab.call.place(lab.need(), [], None)
-    assert lab.call.complete
-    assert lab.winners() == ["reply to 1"]
+    original = lab.send(group, W[0], some([0], [[1]], [1]), rest=some([1], [[2]], [1]))
+    lab.send(group, W[2])
+    hedge = lab.send(lab.call.hedge(original), W[1])
+    hedge.is_sent = True
+    lab.answer(original)
+    lab.call.link_lost(W[1], 1, computing=hedge.message_id)
+    assert not lab.call.suspects
 
 
 def test_a_deadline_is_learned_by_size_of_call():

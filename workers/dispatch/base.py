@@ -19,7 +19,7 @@ class DispatchHandle(Protocol):
 
     @property
     def given_up(self) -> Collection[int]:
-        """Rows, once combined, that end the workers which compute them; their sums mean nothing."""
+        """Rows, once combined, that end the workers which compute them; if any, no sum counts."""
         ...
 
 

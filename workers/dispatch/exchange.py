@@ -159,7 +159,7 @@ class LinkDispatcher:
                 self._listen(call.state)
         ended_s = self._clock.now_s()
         self._wait_s += ended_s - started_s
-        if call.lost_s is not None:
+        if call.lost_s is not None and not handle.given_up:
             self._recoveries.record(ended_s - call.lost_s)
         winners = list(call.state.cover())
         y_TD = (sum_by_expert if self._options.bit_stable else sum_partials)(winners, call.x_TD)
@@ -260,7 +260,8 @@ class LinkDispatcher:
             self._counters["late_replies"] += 1
             staged.release()
             return
-        peer.times.record(len(attempt.pairs.masks_R), at_s - attempt.sent_s)
+        if not attempt.is_alone:  # those wait for one another, and teach nothing
+            peer.times.record(len(attempt.pairs.masks_R), at_s - attempt.sent_s)
         if header.kind == Kind.STALE:
             left = attempt.pairs.only(attempt.pairs.masks_R & ~summed_R)
             experts = np.unique(left.ids_RK[left.ids_RK >= 0]).tolist()

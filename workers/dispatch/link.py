@@ -14,7 +14,7 @@ class Link(Protocol):
 
     Sends come from any thread, one at a time for each buffer; `receive` belongs to one thread. A
     frame belongs to the link from `send` until a message with the same `Header.buffer` has come
-    back, or the link is closed.
+    back, or the link is closed; several frames of one buffer may be on their way.
     """
 
     incarnation: int

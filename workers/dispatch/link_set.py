@@ -17,7 +17,6 @@ from workers.clock import Clock
 from workers.dispatch.header import (
     OLDEST_VERSION,
     VERSION,
-    Flag,
     Header,
     Kind,
     ReplyFrame,
@@ -53,7 +52,8 @@ class OpenLink:
         self.queue: deque[Attempt] = deque()  # awaits a free buffer
         self.num_experts = 0  # of the calls under way
         self.idle_since_s = 0.0
-        self.computing: int | None = None  # the last message that the worker began to compute alone
+        self._begun: int | None = None  # the message that the worker computes alone
+        self._closed_here = False
         self._experts: dict[int, int] = {}  # by message id
         self._frames: dict[int, RequestFrame] = {}
         self._settled_frames: dict[int, RequestFrame] = {}
@@ -108,9 +108,10 @@ class OpenLink:
         if header.kind == Kind.PONG:
             self._pinging = False
         elif header.kind == Kind.BEGUN:
-            self.computing = header.message_id
+            self._begun = header.message_id
         else:
-            if header.flags & Flag.ALONE:
+            if header.message_id == self._begun:  # in this thread: the model's may be far behind
+                self._begun = None
                 self._say_settled(header)
             return header, frame
         self._spare_frames.append(frame)
@@ -131,13 +132,23 @@ class OpenLink:
             raise LinkClosedError(f"a new link began with a message of kind {header.kind}")
         self._pinging = False
 
+    @property
+    def ended_by(self) -> int | None:
+        """The message that the worker computed, and nothing else, when it ended the link."""
+        return None if self._closed_here else self._begun
+
+    def close(self) -> None:
+        """Close the link on this side's account, which tells nothing about the worker."""
+        self._closed_here = True
+        self.link.close()
+
     def say_bye(self) -> None:
         """Tell the worker that the link is closed on purpose, and close it."""
         try:
             self._say(Kind.BYE, _BYE_BUFFER)
         except LinkClosedError as error:
             log.debug("no BYE to %s: %s", self.worker, error)
-        self.link.close()
+        self.close()
 
     def _say(self, kind: Kind, buffer: int) -> None:
         self.link.send(self.frame(buffer), Header(kind, 0, self.incarnation, buffer=buffer))
@@ -241,7 +252,7 @@ class LinkSet:
 
     def abandon(self, opened: OpenLink) -> None:
         """Close a link that is of no use any more; its own thread opens the next one."""
-        opened.link.close()
+        opened.close()
         peer = self.peers.get(opened.worker)
         if peer is not None:
             self._user.link_down(peer, opened)

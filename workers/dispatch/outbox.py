@@ -107,9 +107,8 @@ class Outbox:
     def give_up(self, opened: OpenLink, noticed_s: float) -> None:
         """Give up what is under way on a link that is lost; it is waiting to be sent again."""
         for call in self.calls:
-            for attempt in call.state.link_lost(
-                opened.worker, opened.incarnation, opened.computing
-            ):
+            lost = call.state.link_lost(opened.worker, opened.incarnation, opened.ended_by)
+            for attempt in lost:
                 self.claim(attempt.message_id)
                 call.lost_s = noticed_s if call.lost_s is None else call.lost_s
         opened.queue.clear()
@@ -134,12 +133,8 @@ class Outbox:
 
     def _place(self, call: OpenCall, group: Group) -> list[tuple[OpenLink, Attempt]]:
         """Plan the waiting pairs of a group; returns its attempts, to be sent."""
-        suspects = call.state.suspects
-        assert group.waiting is not None
-        waiting = suspects.open_pairs(group.waiting)
-        if waiting is None:
-            call.state.place(group, [], None)
-            return []
+        suspects, waiting = call.state.suspects, group.waiting
+        assert waiting is not None
         now_s = self._clock.now_s()
         planner = self._roster.planner(self._links.peers, now_s)
         if planner is None:
@@ -158,7 +153,8 @@ class Outbox:
                 attempt = self._attempt(peer, opened, part, group.number, now_s)
                 attempt.is_alone = is_alone
                 self._by_message[attempt.message_id] = call
-                opened.started(attempt.message_id, planned.num_experts)
+                num_experts = part.num_experts if is_alone else planned.num_experts
+                opened.started(attempt.message_id, num_experts)
                 placed.append((opened, attempt))
         rest = None if plan.unserved is None else _pairs(plan.unserved).within(waiting)
         call.state.place(group, [attempt for _, attempt in placed], rest)
@@ -192,7 +188,7 @@ class Outbox:
         while opened.queue and opened.free_buffers:
             attempt = opened.queue.popleft()
             owner = self._by_message.get(attempt.message_id)
-            if owner is not None and attempt.needed and not attempt.lost:
+            if owner is not None and owner.state.awaits(attempt):
                 self._send(owner, opened, attempt)
             else:
                 opened.ended(attempt.message_id)
@@ -217,10 +213,12 @@ class Outbox:
             buffer=buffer,
             flags=Flag.ROW_PER_EXPERT * self._options.bit_stable | Flag.ALONE * attempt.is_alone,
         )
-        attempt.is_sent = True
-        attempt.sent_s = opened.idle_since_s = self._clock.now_s()
+        opened.idle_since_s = now_s = self._clock.now_s()
+        attempt.deadline_s += now_s - attempt.sent_s  # it may have awaited a buffer
+        attempt.sent_s = now_s
         try:
             opened.link.send(frame, header)
+            attempt.is_sent = True
         except LinkClosedError:
             self._links.abandon(opened)
 

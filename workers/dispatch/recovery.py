@@ -99,7 +99,7 @@ class LayerCall:
         return list(self._unplanned)
 
     def place(self, group: Group, attempts: Sequence[Attempt], rest: Pairs | None) -> None:
-        """Record that waiting pairs are on their way, or given up; `rest` stays parked."""
+        """Record that waiting pairs are on their way; `rest` stays parked."""
         group.waiting = rest
         for attempt in attempts:
             attempt.group = group
@@ -107,7 +107,7 @@ class LayerCall:
             group.num_open += 1
             self.outstanding[attempt.message_id] = attempt
             self._newest = attempt.message_id
-        if group.covered:
+        if group.covered:  # there was nothing to send
             self._settle(group)
 
     def reply(
@@ -151,18 +151,22 @@ class LayerCall:
     ) -> list[Attempt]:
         """Give up what is outstanding on a link; its pairs are waiting afterwards.
 
-        `computing` is the last message of which the worker said that it computes it alone.
+        `computing` is the message that the worker had begun to compute alone when it ended, None
+        when there is none or it did not end. A row of which that has been shown often enough ends
+        the call: it is complete, and its sums mean nothing.
         """
         lost = [
             a for a in self.outstanding.values()
             if a.worker == worker and a.incarnation == incarnation
         ]  # fmt: skip
         for attempt in lost:
-            if attempt.is_sent:
+            if attempt.is_sent and attempt.needed:  # else it was computed elsewhere, and no harm
                 self.suspects.lost(worker, attempt.pairs)
-            if attempt.message_id == computing:
-                self.suspects.shown(worker, attempt.pairs, computing, self._newest)
+                if attempt.message_id == computing:
+                    self.suspects.shown(worker, attempt.pairs, computing, self._newest)
             self.give_up(attempt)
+        if self.suspects.given_up:
+            self.complete = True
         return lost
 
     def give_up(self, attempt: Attempt) -> None:
@@ -185,6 +189,10 @@ class LayerCall:
                 self._unplanned.append(group)
         else:
             self._add_group(attempt, attempt.pairs)
+
+    def awaits(self, attempt: Attempt) -> bool:
+        """Whether the reply to an attempt can still become part of the result."""
+        return not self.complete and not attempt.lost and attempt.needed
 
     def overdue(self, now_s: float) -> list[Attempt]:
         """Return the outstanding attempts whose deadline has passed."""

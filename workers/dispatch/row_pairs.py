@@ -38,6 +38,16 @@ class Pairs:
         ids_RK = np.where(named_RK, self.ids_RK[kept], NO_EXPERT).astype(np.int32)
         return Pairs(kept if self.rows_R is None else self.rows_R[kept], ids_RK, masks_R[kept])
 
+    def one_row(self, at: int) -> "Pairs":
+        """Return the pairs of one of the rows, by its place among them."""
+        rows_R = np.array([at]) if self.rows_R is None else self.rows_R[at : at + 1]
+        return Pairs(rows_R, self.ids_RK[at : at + 1], self.masks_R[at : at + 1])
+
+    @property
+    def num_experts(self) -> int:
+        """How many distinct experts are named."""
+        return len(np.unique(self.ids_RK[self.ids_RK != NO_EXPERT]))
+
     def layer_rows(self) -> list[int]:
         """Return the rows of the layer that they are of, in order."""
         return list(range(len(self.masks_R))) if self.rows_R is None else self.rows_R.tolist()

@@ -84,16 +84,20 @@ def summed_masks(reply: StagedReply, pairs: Pairs, *, row_per_expert: bool) -> N
 def sum_partials(attempts: Sequence[Attempt], x_TD: Tensor) -> Tensor:
     """Add pre-summed replies in the order of the attempts; returns y_TD like `x_TD`."""
     y_TD: Tensor | None = None
-    for attempt in attempts:  # never in place: the first may be a frame's
+    is_frame = False
+    for attempt in attempts:
         values_PD: Tensor = attempt.payload.values_PD
         if x_TD.is_cuda:
             values_PD = values_PD.to(x_TD.device)
         if attempt.pairs.rows_R is None:
-            y_TD = values_PD if y_TD is None else y_TD + values_PD
+            y_TD, is_frame = (values_PD, True) if y_TD is None else (y_TD + values_PD, False)
         else:
             rows_R = torch.from_numpy(attempt.pairs.rows_R).to(x_TD.device)
-            before = values_PD.new_zeros(x_TD.shape) if y_TD is None else y_TD
-            y_TD = before.index_add(0, rows_R, values_PD)
+            if y_TD is None:
+                y_TD = values_PD.new_zeros(x_TD.shape)
+            elif is_frame:
+                y_TD, is_frame = y_TD.clone(), False
+            y_TD.index_add_(0, rows_R, values_PD)  # in place: a copy for each of many costs more
     if y_TD is None:
         return torch.zeros_like(x_TD)
     return y_TD.to(x_TD.dtype, copy=len(attempts) == 1)

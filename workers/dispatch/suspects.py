@@ -4,13 +4,13 @@ A worker that ends takes every call along that it had, so what was with it prove
 are *suspects* once they have met it often enough, and from then on each is sent in a message of its
 own, which a worker computes by itself after saying so. A worker that ends then has shown which row
 it was. A row is given up once that has been shown again by what was sent only after it had been
-seen the first time: workers that end together, as those of one node, show it once.
+seen the first time: workers that end together, as those of one node, show it once. Then its layer
+is at an end, since its step must be taken again without it: no other worker is put at risk.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from workers.dispatch.row_pairs import Pairs
 from workers.placement import MemberId
@@ -55,18 +55,10 @@ class Suspects:
         """Yield these pairs in the messages that they travel in, and whether each is alone."""
         rows = pairs.layer_rows()
         suspect_R = np.array([len(self._met.get(row, ())) >= MEETINGS for row in rows])
+        if not suspect_R.any():
+            yield pairs, False
+            return
         if not suspect_R.all():
-            yield _cut(pairs, ~suspect_R), False
-        for at in np.flatnonzero(suspect_R):
-            yield _cut(pairs, np.arange(len(rows)) == at), True
-
-    def open_pairs(self, pairs: Pairs) -> Pairs | None:
-        """Return the pairs whose rows are not given up; None when there are none."""
-        if not self.given_up:
-            return pairs
-        open_R = np.array([row not in self.given_up for row in pairs.layer_rows()])
-        return _cut(pairs, open_R) if open_R.any() else None
-
-
-def _cut(pairs: Pairs, chosen_R: NDArray[np.bool_]) -> Pairs:
-    return pairs if chosen_R.all() else pairs.only(np.where(chosen_R, pairs.masks_R, 0))
+            yield pairs.only(np.where(suspect_R, 0, pairs.masks_R)), False
+        for at in np.flatnonzero(suspect_R).tolist():
+            yield pairs.one_row(at), True

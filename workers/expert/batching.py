@@ -2,8 +2,9 @@
 
 Everything that waits is taken at once, calls of one layer together, whatever gateway they are
 from, and their pairs are grouped by expert. But a call that other workers may have ended by is
-taken by itself, when nothing else waits, and the next such call only when the reply has come: what
-is on its way is lost with a worker that ends, and would look as if it had been the cause.
+taken by itself, when nothing else waits or after it was passed over a few times, and the next such
+call only when the reply has come: what is on its way is lost with a worker that ends, and would
+look as if it had been the cause.
 
 Shape legend: R rows of all calls of a layer, K experts a row, P pairs, F experts and a last column
 for none.
@@ -12,6 +13,7 @@ for none.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -30,6 +32,11 @@ class Batched(Protocol):
         ...
 
     @property
+    def arrived_s(self) -> float:
+        """When it came."""
+        ...
+
+    @property
     def is_alone(self) -> bool:
         """Whether it must be computed by itself."""
         ...
@@ -41,6 +48,7 @@ class Batched(Protocol):
 
 
 SETTLE_S = 1.0  # how long the next one waits for a gateway that may be frozen
+PASSES = 4  # how often others are taken before one that must be alone
 
 CallT = TypeVar("CallT", bound=Batched)
 
@@ -53,6 +61,7 @@ class CallQueue(Generic[CallT]):
         self._alone: deque[CallT] = deque()
         self._begun: CallT | None = None  # the last one that was taken by itself
         self._settled_by_s = 0.0
+        self._num_passes = 0
 
     def __len__(self) -> int:
         return len(self._together) + len(self._alone)
@@ -62,22 +71,26 @@ class CallQueue(Generic[CallT]):
         (self._alone if call.is_alone else self._together).append(call)
 
     def oldest(self) -> CallT | None:
-        """Return the call that has waited longest of its kind; None when none waits."""
-        return next(iter(self._alone.copy()), None) or next(iter(self._together.copy()), None)
+        """Return the call that has waited longest; None when none waits."""
+        firsts = [*islice(self._alone.copy(), 1), *islice(self._together.copy(), 1)]
+        return min(firsts, key=lambda call: call.arrived_s, default=None)
 
     def has_next(self, now_s: float) -> bool:
         """Whether `take` would bring anything; without it, a while later or after news."""
         return bool(self._together) or (bool(self._alone) and self._may_begin(now_s))
 
     def take(self, now_s: float) -> list[CallT]:
-        """Take what is to be computed next: all that go together, or else one by itself."""
+        """Take what is to be computed next: all that go together, or one by itself."""
+        if self._alone and self._may_begin(now_s):
+            if not self._together or self._num_passes >= PASSES:
+                self._num_passes = 0
+                self._begun, self._settled_by_s = self._alone.popleft(), now_s + SETTLE_S
+                return [self._begun]
+            self._num_passes += 1
         calls: list[CallT] = []
         while self._together:
             calls.append(self._together.popleft())
-        if calls or not self._alone or not self._may_begin(now_s):
-            return calls
-        self._begun, self._settled_by_s = self._alone.popleft(), now_s + SETTLE_S
-        return [self._begun]
+        return calls
 
     def _may_begin(self, now_s: float) -> bool:
         return self._begun is None or self._begun.is_settled or now_s >= self._settled_by_s

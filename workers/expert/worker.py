@@ -4,7 +4,8 @@ A thread per link receives and queues. Whoever then finds nobody computing compu
 that received the call, at once and without handing it over, when the worker is idle; else the
 compute thread, for all that came meanwhile. So there is one computation at a time over everything
 that waits but suspects (`dispatch/suspects`), which are computed one by one, and a lone call pays
-for no extra thread switch. Nothing waits for a gateway.
+for no extra thread switch. Nothing waits for a gateway but the suspect after a suspect, and it not
+for long.
 """
 
 import logging
@@ -245,6 +246,8 @@ class ExpertWorker:
         self._compute_s += self._clock.now_s() - started_s
 
     def _say_begun(self, call: Call) -> None:
+        if self._device.type == "cuda":  # what was computed before may still fail
+            torch.cuda.synchronize(self._device)
         try:
             call.served.say_begun(call.header)
         except LinkClosedError as error:

@@ -173,7 +173,7 @@ class GatewayEngine:
             computed = self._compute(work, retries=1)
             failed = [(s, e) for s, e in computed.failed if not isinstance(e, PoisonError)]
             requests = {sequence.request.request_id for sequence, _ in failed}
-            if len(failed) == len(work) and len(requests) > 1:
+            if failed and len(computed.failed) == len(work) and len(requests) > 1:
                 raise GatewayFailedError(f"all requests fail, at last: {failed[-1][1]!r}")
             with self._lock:
                 events += computed.events
@@ -242,9 +242,11 @@ class GatewayEngine:
             except GatewayFailedError:
                 raise
             except PoisonError as error:  # known at once, and nobody is to be harmed by it again
-                others = [w for i, w in enumerate(work) if i not in error.segments]
+                ended = {work[i].sequence.request.request_id for i in error.segments}
+                others = [w for w in work if w.sequence.request.request_id not in ended]
                 computed = self._compute(others, retries=retries)
-                computed.failed += [(work[i].sequence, error) for i in error.segments]
+                harmful = [w.sequence for w in work if w.sequence.request.request_id in ended]
+                computed.failed += [(sequence, error) for sequence in harmful]
                 return computed
             except Exception as error:  # noqa: BLE001 - whatever a model or a dispatcher raises
                 if attempts_left == 0 and len(work) == 1:

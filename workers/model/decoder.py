@@ -177,14 +177,15 @@ class Decoder:
     def _finish(self, flow: "_Flow") -> Tensor:
         """Return the residual of the rows whose logits are wanted, on every rank.
 
-        Rows that were given up on one rank are marked for all to see: nothing else is infinite.
+        Rows that were given up on one rank are marked for all to see: nothing else is minus
+        infinity in every column.
         """
         self._combine(flow)
         for row in flow.given_up:
             flow.x_SD[row] = -torch.inf
         # All ranks; ends by the group's deadline.
         x_RD = flow.plan.cut(self._group.all_gather_rows(flow.x_SD))
-        rows = torch.isneginf(x_RD[:, 0]).nonzero().flatten().tolist()
+        rows = torch.isneginf(x_RD.amax(-1)).nonzero().flatten().tolist()
         flow.poisoned = [flow.first_row + flow.plan.batch_rows_N[row] for row in rows]
         return x_RD.index_select(0, flow.plan.logit_rows)
 

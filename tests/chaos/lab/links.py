@@ -19,6 +19,9 @@ from workers.dispatch.recovery import AnswerTimes
 from workers.errors import LinkClosedError
 from workers.placement import MemberId
 
+LAG_SHARES = (0.0, 0.0, 0.9)  # of the wake-ups of a model's thread, those that come late
+LAG_S = 0.2
+
 
 class Rows(NamedTuple):
     """The rows of a message, copied out of its frame."""
@@ -37,6 +40,7 @@ class SimInbox(Inbox):
         self._simulator = simulator
         self._wait: Wait | None = None
         self._due = 0
+        self._lag_share = simulator.draw.choice(LAG_SHARES)
 
     def put(self, arrived: Any) -> None:
         self.replies.append(arrived)
@@ -56,6 +60,8 @@ class SimInbox(Inbox):
         if not self._wait.park():
             self.has_news = True
         self._wait = None
+        if self._lag_share and self._simulator.draw.random() < self._lag_share:  # the links' threads go on meanwhile
+            self._simulator.sleep(self._simulator.draw.uniform(0.0, LAG_S))
 
 
 class SimLink:
@@ -185,11 +191,12 @@ class SimLinks:
             self.peers = {w: p for w, p in self.peers.items() if w != worker}
             peer.dropped.set()
             if peer.open is not None:
+                peer.open.close()
                 self._break(peer, peer.open)
 
     def abandon(self, opened: OpenLink) -> None:
         peer = self.peers.get(opened.worker)
-        opened.link.close()
+        opened.close()
         if peer is not None:
             self._user.link_down(peer, opened)
             self._open_soon(peer)

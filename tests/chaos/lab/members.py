@@ -43,6 +43,10 @@ class SimCall(NamedTuple):
     rows: Rows
 
     @property
+    def arrived_s(self) -> float:
+        return 0.0  # nobody asks for ages here
+
+    @property
     def batch_key(self) -> tuple[int, int]:
         return self.header.layer, self.header.flags
 
@@ -400,11 +404,11 @@ class SimGateway(SimProcess):
             torch.tensor(weights, dtype=torch.float32),
         )
         y = self.dispatcher.combine(handle)[:, 0].tolist()
+        if any(self._num_ended_alone(x[row]) < PROOFS for row in handle.given_up):
+            raise ViolationError(f"I1: {self.member} gave up a row that ends nobody")
+        if handle.given_up:
+            return  # none of its sums counts
         for row in range(num_rows):
-            if row in handle.given_up:
-                if self._num_ended_alone(x[row]) < PROOFS:
-                    raise ViolationError(f"I1: {self.member} gave up a row that ends nobody")
-                continue
             due = sum(
                 w * output(layer, e, x[row]) for e, w in zip(ids[row], weights[row], strict=True)
             )

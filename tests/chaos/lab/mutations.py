@@ -15,6 +15,7 @@ from cluster.control.replicas import ReplicaBook
 from cluster.frontdoor.flight import Flight
 from tests.chaos.lab.cluster import SimJournal
 from workers.dispatch.exchange import LinkDispatcher
+from workers.dispatch.link_set import OpenLink
 from workers.dispatch.outbox import Outbox
 from workers.dispatch.plan import Planner
 from workers.dispatch.recovery import AnswerTimes, Attempt, Group, LayerCall
@@ -80,9 +81,20 @@ def begin_before_it_is_settled() -> Any:
     return replaced(CallQueue, "_may_begin", lambda self, now_s: True)
 
 
+def blame_who_has_answered() -> Any:
+    """I1: a worker counts as computing a suspect even after its reply has come."""
+    original = OpenLink._say_settled
+
+    def say_settled(self: OpenLink, header: Any) -> None:
+        self._begun = header.message_id
+        original(self, header)
+
+    return replaced(OpenLink, "_say_settled", say_settled)
+
+
 def blame_nobody() -> Any:
     """I9: rows that workers end by are sent to the next one, for ever."""
-    return replaced(Suspects, "open_pairs", lambda self, pairs: pairs)
+    return replaced(Suspects, "shown", lambda *_: None)
 
 
 def keep_calls_of_a_lost_link() -> Any:
@@ -239,6 +251,7 @@ MUTATIONS: dict[str, Mutation] = {
     "I1 forget what a reply left out": Mutation(forget_what_a_reply_left_out),
     "I1 blame whoever was there": Mutation(blame_whoever_was_there),
     "I1 begin before it is settled": Mutation(begin_before_it_is_settled),
+    "I1 blame who has answered": Mutation(blame_who_has_answered),
     "I9 blame nobody": Mutation(blame_nobody),
     "I2 use replies of any link": Mutation(use_replies_of_any_link),
     "I3 write without waiting": Mutation(write_without_waiting),
