@@ -9,7 +9,7 @@ workers as the peak took from the start, for the times to the first token there.
 
 Workers that share this machine's cores do not get faster by their number. `--expert-ms` has each
 expert of a batch take that long, in which the worker waits without a core, as if it had an
-accelerator (`paced/`); 0 leaves them as they are.
+accelerator (`tests/injection/pace.py`); 0 leaves them as they are.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from cluster.demo.path import demo_model_path
 from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
 from cluster.pb.expertmesh.v1 import inference_pb2
 from tests.cluster.harness_apply import Site, site
+from tests.injection.into import environment_of
 from workers.clock import SystemClock
 
 LOOK_S = 0.25
 TIMES_STATIC = 2.0
-PACED = Path(__file__).parent / "paced"
 NODE_TYPES = {
     "expert": {"expert_slot": 1},
     "gateway": {"gateway": 1},
@@ -215,7 +215,13 @@ def run(options: argparse.Namespace, plan: Plan, *, workers: int, follows_load: 
         "autoscaler.ahead_s": 6.0,
     }
     types = node_types(options.most)
-    environment = {"PYTHONPATH": str(PACED), "EXPERT_MS": str(options.expert_ms)}
+    environment = {}
+    if options.expert_ms:
+        environment = environment_of(
+            "workers.model.experts",
+            "tests.injection.pace:slow_down",
+            EXPERT_MS=str(options.expert_ms),
+        )
     with site(
         resources={"frontdoor": 4}, node_types=types, environment=environment, **changes
     ) as made:

@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import os
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tests.injection.poison import die_of
 from workers.clock import SystemClock
 from workers.expert import worker as worker_module
 from workers.expert.worker import ExpertWorker, WorkerOptions
@@ -173,15 +173,7 @@ class ExpertBody:
 
     def die_of(self, row: list[float]) -> None:
         """End this process when it is to compute this row, but for rounding."""
-        compute_batch, poison = worker_module.compute_batch, torch.tensor(row)
-
-        def dying(calls: Any, *more: Any) -> Any:
-            rows = torch.cat([c.frame.rows(c.header.num_rows).values_RH for c in calls])
-            if bool(((rows - poison).norm(dim=-1) < 1e-3 * poison.norm()).any()):
-                os._exit(1)
-            return compute_batch(calls, *more)
-
-        worker_module.compute_batch = dying
+        die_of(worker_module, row)
 
 
 class Remote:

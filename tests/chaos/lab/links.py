@@ -19,7 +19,7 @@ from workers.dispatch.recovery import AnswerTimes
 from workers.errors import LinkClosedError
 from workers.placement import MemberId
 
-LAG_SHARES = (0.0, 0.0, 0.9)  # of the wake-ups of a model's thread, those that come late
+LAG_SHARES = (0.0, 0.0, 0.9)  # of a model's wake-ups, those that come late
 LAG_S = 0.2
 
 
@@ -60,7 +60,7 @@ class SimInbox(Inbox):
         if not self._wait.park():
             self.has_news = True
         self._wait = None
-        if self._lag_share and self._simulator.draw.random() < self._lag_share:  # the links' threads go on meanwhile
+        if self._lag_share and self._simulator.draw.random() < self._lag_share:
             self._simulator.sleep(self._simulator.draw.uniform(0.0, LAG_S))
 
 

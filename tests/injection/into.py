@@ -1,0 +1,20 @@
+"""How a test has processes that it only starts do something else in one module."""
+
+import os
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def environment_of(module: str, change: str, **more: str) -> dict[str, str]:
+    """Return the environment in which `change` (MODULE:FUNCTION) is called with a module.
+
+    `more` is for the change to read.
+    """
+    paths = (str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", ""))
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "INJECT_INTO": module,
+        "INJECT": change,
+        **more,
+    }
