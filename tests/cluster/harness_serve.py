@@ -55,11 +55,13 @@ class Served:
         series = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in series}
 
-    def generate(self, text: str = "In the beginning", **more) -> list[pb.GenerateResponse]:
+    def generate(
+        self, text: str = "In the beginning", *, timeout_s: float = 60, **more
+    ) -> list[pb.GenerateResponse]:
         sampling = pb.Sampling(temperature=more.pop("temperature", 0), seed=more.pop("seed", None))
         stopping = pb.Stopping(max_tokens=more.pop("max_tokens", 12), ignore_eos=True)
         request = pb.GenerateRequest(text=text, sampling=sampling, stopping=stopping, **more)
-        return list(self.inference.Generate(request, timeout=60))
+        return list(self.inference.Generate(request, timeout=timeout_s))
 
 
 def token_ids(responses: list[pb.GenerateResponse], index: int = 0) -> list[int]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from workers.errors import DispatchError
 from workers.expert.batching import (
+    OTHERS_SETTLE_S,
     PASSES,
     SETTLE_S,
     CallQueue,
@@ -64,9 +65,32 @@ def test_who_must_be_alone_is_passed_over_a_few_times_and_no_more():
     taken = []
     for turn in range(PASSES + 2):
         queue.put(Waiting(str(turn)))
-        taken.append("".join(call.name for call in queue.take(0.0)))
+        taken.append("".join(call.name for call in queue.take(float(turn))))
     assert taken[PASSES] == "x"
     assert "".join(taken) == "0123x45"
+
+
+def test_nothing_is_computed_while_the_reply_to_who_was_alone_may_be_lost():
+    """Its worker might end by what comes next, and would seem to have ended by the one before."""
+    queue = CallQueue()
+    alone, others = Waiting("x", is_alone=True), Waiting("a")
+    queue.put(alone)
+    assert queue.take(0.0) == [alone]
+    queue.put(others)
+    assert not queue.has_next(OTHERS_SETTLE_S / 2)
+    assert queue.take(OTHERS_SETTLE_S / 2) == []
+    assert queue.has_next(OTHERS_SETTLE_S), "for many others its gateway is waited for less long"
+    alone.is_settled = True
+    assert queue.has_next(OTHERS_SETTLE_S / 2)
+    assert queue.take(OTHERS_SETTLE_S / 2) == [others]
+
+
+def test_who_must_be_alone_is_not_computed_for_a_gateway_that_is_gone():
+    queue = CallQueue()
+    for name in "xy":
+        queue.put(Waiting(name, is_alone=True, is_settled=name == "x"))
+    assert [call.name for call in queue.take(0.0)] == ["y"]
+    assert not queue
 
 
 def test_the_oldest_is_who_came_first_of_either_kind():

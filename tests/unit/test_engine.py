@@ -204,8 +204,10 @@ def test_whose_rows_end_expert_workers_is_failed_at_once_and_computed_never_agai
     assert_all_free(engine)
 
 
-def test_all_sequences_of_a_request_that_ends_expert_workers_fail_with_the_first():
-    engine, model = make_engine(max_sequences=8, step_tokens=40)
+@pytest.mark.parametrize("step_tokens", [40, 4])
+def test_all_sequences_of_a_request_that_ends_expert_workers_fail_with_the_first(step_tokens):
+    """Also those for which there was no room in the step."""
+    engine, model = make_engine(max_sequences=8, step_tokens=step_tokens)
     engine.submit(make_request("guilty", (9, 2), num_sequences=3))
     innocent = make_request("innocent", (1, 2))
     engine.submit(innocent)

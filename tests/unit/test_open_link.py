@@ -86,6 +86,15 @@ def test_a_link_that_this_side_closes_tells_nothing_about_the_worker(opened):
     assert opened.ended_by is None
 
 
+def test_nor_does_one_that_the_worker_closes_on_request(opened, link):
+    arrive(opened, Kind.BEGUN, 7)
+    blamed = []
+    link.send = lambda frame, header: blamed.append(opened.ended_by)  # it closes on BYE
+    opened.say_bye()
+    assert blamed == [None]
+    assert link.is_closed
+
+
 def test_a_reply_comes_even_if_it_can_no_longer_be_confirmed(opened, link):
     arrive(opened, Kind.BEGUN, 7)
     link.is_closed = True

@@ -54,6 +54,7 @@ class Lab:
             pairs=waiting if pairs is None else pairs,
             number=group.number,
             sent_s=0.0,
+            allowed_s=deadline_s,
             deadline_s=deadline_s,
         )
         self.call.place(group, [attempt], rest)
@@ -330,6 +331,7 @@ def run_disturbed_call(seed):
                             pairs=waiting.only(masks),
                             number=group.number,
                             sent_s=step,
+                            allowed_s=9.0,
                             deadline_s=step + draw.randrange(1, 9),
                         )
                     )

@@ -252,6 +252,7 @@ class LinkDispatcher:
             summed_R = summed_masks(staged, attempt.pairs, row_per_expert=self._options.bit_stable)
         except DispatchError:
             log.exception("a reply of %s makes no sense", peer.worker)
+            opened.close()
             self._links.abandon(opened)
             return
         if not call.state.reply(
@@ -280,10 +281,10 @@ class LinkDispatcher:
         peer = self._links.peers.get(attempt.worker)
         if peer is None:
             return
-        allowed_s = attempt.deadline_s - attempt.sent_s
-        attempt.deadline_s = now_s + peer.times.deadline_s(len(attempt.pairs.masks_R))
+        missed_s = attempt.deadline_s - attempt.sent_s
+        attempt.deadline_s = now_s + attempt.allowed_s
         if not peer.suspect:
-            self._longest_deadline_s = max(self._longest_deadline_s, allowed_s)
+            self._longest_deadline_s = max(self._longest_deadline_s, missed_s)
             peer.suspect = True
             self._counters["suspicions"] += 1
             self._roster.changed()

@@ -144,6 +144,7 @@ class OpenLink:
 
     def say_bye(self) -> None:
         """Tell the worker that the link is closed on purpose, and close it."""
+        self._closed_here = True  # first: the worker may close it before this side does
         try:
             self._say(Kind.BYE, _BYE_BUFFER)
         except LinkClosedError as error:
@@ -252,7 +253,7 @@ class LinkSet:
 
     def abandon(self, opened: OpenLink) -> None:
         """Close a link that is of no use any more; its own thread opens the next one."""
-        opened.close()
+        opened.link.close()
         peer = self.peers.get(opened.worker)
         if peer is not None:
             self._user.link_down(peer, opened)
@@ -311,7 +312,7 @@ class LinkSet:
         peer.links_opened += 1
         self._user.link_up(peer, opened)
         if peer.dropped.is_set():  # it may have been dropped before the link was there to close
-            link.close()
+            opened.close()
         return opened
 
     def _receive(self, peer: Peer, opened: OpenLink) -> None:
@@ -319,6 +320,10 @@ class LinkSet:
             while True:
                 header, frame = opened.receive()
                 self._user.received(peer, opened, header, frame)
+        except DispatchError as error:
+            if not isinstance(error, LinkClosedError):  # a message without sense
+                opened.close()
+            raise
         finally:
             opened.link.close()
             self._user.link_down(peer, opened)

@@ -105,7 +105,10 @@ class Outbox:
         return self._by_message.pop(message_id, None)
 
     def give_up(self, opened: OpenLink, noticed_s: float) -> None:
-        """Give up what is under way on a link that is lost; it is waiting to be sent again."""
+        """Give up what is under way on a link that is lost; its pairs wait to be sent again.
+
+        Not those of a call that ends by it, with a row that workers end by.
+        """
         for call in self.calls:
             lost = call.state.link_lost(opened.worker, opened.incarnation, opened.ended_by)
             for attempt in lost:
@@ -150,8 +153,9 @@ class Outbox:
             assert opened is not None
             pairs = _pairs(planned).within(waiting)
             for part, is_alone in suspects.apart(pairs) if suspects else ((pairs, False),):
-                attempt = self._attempt(peer, opened, part, group.number, now_s)
-                attempt.is_alone = is_alone
+                attempt = self._attempt(
+                    peer, opened, part, number=group.number, now_s=now_s, is_alone=is_alone
+                )
                 self._by_message[attempt.message_id] = call
                 num_experts = part.num_experts if is_alone else planned.num_experts
                 opened.started(attempt.message_id, num_experts)
@@ -163,12 +167,21 @@ class Outbox:
         return placed
 
     def _attempt(
-        self, peer: Peer, opened: OpenLink, pairs: Pairs, number: int, now_s: float
+        self,
+        peer: Peer,
+        opened: OpenLink,
+        pairs: Pairs,
+        *,
+        number: int,
+        now_s: float,
+        is_alone: bool,
     ) -> Attempt:
         self.num_messages += 1
         num_rows = len(pairs.masks_R)
         peer.rows += num_rows
-        allowed_s = peer.times.deadline_s(num_rows) * (1 + len(opened.queue))
+        # Those that are alone wait for one another, and nobody has learned for how long.
+        first_s = self._options.first_deadline_s
+        allowed_s = first_s if is_alone else peer.times.deadline_s(num_rows)
         return Attempt(
             message_id=self.num_messages,
             worker=peer.worker,
@@ -176,7 +189,9 @@ class Outbox:
             pairs=pairs,
             number=number,
             sent_s=now_s,
-            deadline_s=now_s + allowed_s,
+            allowed_s=allowed_s,
+            deadline_s=now_s + allowed_s * (1 + len(opened.queue)),
+            is_alone=is_alone,
         )
 
     def _send_queued(self, opened: OpenLink) -> None:
@@ -213,9 +228,8 @@ class Outbox:
             buffer=buffer,
             flags=Flag.ROW_PER_EXPERT * self._options.bit_stable | Flag.ALONE * attempt.is_alone,
         )
-        opened.idle_since_s = now_s = self._clock.now_s()
-        attempt.deadline_s += now_s - attempt.sent_s  # it may have awaited a buffer
-        attempt.sent_s = now_s
+        attempt.sent_s = opened.idle_since_s = now_s = self._clock.now_s()
+        attempt.deadline_s = max(attempt.deadline_s, now_s + attempt.allowed_s)
         try:
             opened.link.send(frame, header)
             attempt.is_sent = True

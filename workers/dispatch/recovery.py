@@ -4,7 +4,8 @@ The pairs (row, expert) of a layer are covered by *attempts*, one message each. 
 alternatives: what an attempt leaves open, because its link broke, its worker answered STALE or it
 is overdue, becomes a *group* of new attempts that cover exactly those pairs. So a cover is complete
 and disjoint by construction: an attempt's own reply, together with a group for what it left out,
-or else one of its groups. The first complete cover wins whole; what comes later is dropped.
+or else one of its groups. The first complete cover wins whole; what comes later is dropped. A call
+also ends, without a cover, with a row that workers end by (`suspects`).
 
 No thread, no clock, no tensor: time and replies are arguments, a payload is anything. The
 exchange runs this over links, the simulator over a simulated network.
@@ -38,6 +39,7 @@ class Attempt:
     pairs: Pairs
     number: int
     sent_s: float
+    allowed_s: float  # how long the worker may take once it is sent
     deadline_s: float
     is_alone: bool = False  # its row is a suspect: whoever computes it computes nothing else
     is_sent: bool = False  # false while it awaits a buffer
@@ -160,7 +162,7 @@ class LayerCall:
             if a.worker == worker and a.incarnation == incarnation
         ]  # fmt: skip
         for attempt in lost:
-            if attempt.is_sent and attempt.needed:  # else it was computed elsewhere, and no harm
+            if attempt.is_sent and attempt.needed:  # else others had it too, and go on
                 self.suspects.lost(worker, attempt.pairs)
                 if attempt.message_id == computing:
                     self.suspects.shown(worker, attempt.pairs, computing, self._newest)
@@ -196,20 +198,25 @@ class LayerCall:
 
     def overdue(self, now_s: float) -> list[Attempt]:
         """Return the outstanding attempts whose deadline has passed."""
+        if self.complete:
+            return []
         return [a for a in self.outstanding.values() if a.deadline_s <= now_s and a.needed]
 
     def next_deadline_s(self) -> float:
         """Return when the next attempt is overdue; infinity when none is awaited."""
-        return min(
-            (a.deadline_s for a in self.outstanding.values() if a.needed), default=float("inf")
-        )
+        if self.complete:
+            return math.inf
+        return min((a.deadline_s for a in self.outstanding.values() if a.needed), default=math.inf)
 
     def hedge(self, attempt: Attempt) -> Group:
         """Open a second way to cover an outstanding attempt; whichever is complete first wins."""
         return self._add_group(attempt, attempt.pairs)
 
     def cover(self) -> Iterator[Attempt]:
-        """Yield the attempts whose replies make the result, in the order of sending."""
+        """Yield the attempts whose replies make the result, in the order of sending.
+
+        Where a row was given up there is no result, and what has come is yielded.
+        """
         assert self.complete
         yield from _cover_of(self.root)
 

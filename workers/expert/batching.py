@@ -2,9 +2,9 @@
 
 Everything that waits is taken at once, calls of one layer together, whatever gateway they are
 from, and their pairs are grouped by expert. But a call that other workers may have ended by is
-taken by itself, when nothing else waits or after it was passed over a few times, and the next such
-call only when the reply has come: what is on its way is lost with a worker that ends, and would
-look as if it had been the cause.
+taken by itself, when nothing else waits or after it was passed over a few times, and nothing after
+it before the reply has come: what is on its way is lost with a worker that ends, and would look as
+if it had been the cause.
 
 Shape legend: R rows of all calls of a layer, K experts a row, P pairs, F experts and a last column
 for none.
@@ -47,7 +47,8 @@ class Batched(Protocol):
         ...
 
 
-SETTLE_S = 1.0  # how long the next one waits for a gateway that may be frozen
+SETTLE_S = 1.0  # how long the next suspect waits for a gateway that may be frozen
+OTHERS_SETTLE_S = 0.1  # and all others
 PASSES = 4  # how often others are taken before one that must be alone
 
 CallT = TypeVar("CallT", bound=Batched)
@@ -60,7 +61,7 @@ class CallQueue(Generic[CallT]):
         self._together: deque[CallT] = deque()
         self._alone: deque[CallT] = deque()
         self._begun: CallT | None = None  # the last one that was taken by itself
-        self._settled_by_s = 0.0
+        self._begun_s = 0.0
         self._num_passes = 0
 
     def __len__(self) -> int:
@@ -77,23 +78,35 @@ class CallQueue(Generic[CallT]):
 
     def has_next(self, now_s: float) -> bool:
         """Whether `take` would bring anything; without it, a while later or after news."""
-        return bool(self._together) or (bool(self._alone) and self._may_begin(now_s))
+        if self._together and self._may_go_on(now_s):
+            return True
+        return bool(self._alone) and self._may_begin(now_s)
 
     def take(self, now_s: float) -> list[CallT]:
         """Take what is to be computed next: all that go together, or one by itself."""
+        while self._alone and self._alone[0].is_settled:  # its gateway is gone
+            self._alone.popleft()
         if self._alone and self._may_begin(now_s):
             if not self._together or self._num_passes >= PASSES:
                 self._num_passes = 0
-                self._begun, self._settled_by_s = self._alone.popleft(), now_s + SETTLE_S
+                self._begun, self._begun_s = self._alone.popleft(), now_s
                 return [self._begun]
             self._num_passes += 1
         calls: list[CallT] = []
-        while self._together:
+        while self._together and self._may_go_on(now_s):
             calls.append(self._together.popleft())
         return calls
 
     def _may_begin(self, now_s: float) -> bool:
-        return self._begun is None or self._begun.is_settled or now_s >= self._settled_by_s
+        """Whether a suspect may be computed, as far as the one before is concerned."""
+        return self._is_over(now_s - SETTLE_S)
+
+    def _may_go_on(self, now_s: float) -> bool:
+        """Whether others may be: a worker that ends by them must not seem to have by a suspect."""
+        return self._is_over(now_s - OTHERS_SETTLE_S)
+
+    def _is_over(self, begun_by_s: float) -> bool:
+        return self._begun is None or self._begun.is_settled or self._begun_s <= begun_by_s
 
 
 @dataclass(slots=True, eq=False)

@@ -4,7 +4,7 @@ A thread per link receives and queues. Whoever then finds nobody computing compu
 that received the call, at once and without handing it over, when the worker is idle; else the
 compute thread, for all that came meanwhile. So there is one computation at a time over everything
 that waits but suspects (`dispatch/suspects`), which are computed one by one, and a lone call pays
-for no extra thread switch. Nothing waits for a gateway but the suspect after a suspect, and it not
+for no extra thread switch. Nothing waits for a gateway but what comes after a suspect, and that not
 for long.
 """
 
@@ -20,7 +20,7 @@ from workers.dispatch.header import OLDEST_VERSION, VERSION, Status
 from workers.dispatch.options import LinkTerms
 from workers.dispatch.rendezvous import LinkOpener
 from workers.errors import LinkClosedError, PlacementError
-from workers.expert.batching import CallQueue, into_batches
+from workers.expert.batching import OTHERS_SETTLE_S, CallQueue, into_batches
 from workers.expert.compute import Answer, compute_batch
 from workers.expert.followers import Followers
 from workers.expert.probe import Fingerprint, Probe
@@ -171,7 +171,11 @@ class ExpertWorker:
         self._draining = True
         started_s = self._clock.now_s()
         pause = threading.Event()
-        while self._queue or self._clock.now_s() - max(started_s, self._last_call_s) < _QUIET_S:
+        while (
+            self._queue
+            or self._computing.locked()
+            or self._clock.now_s() - max(started_s, self._last_call_s) < _QUIET_S
+        ):
             if self._clock.now_s() >= started_s + deadline_s:
                 return False
             pause.wait(_QUIET_S / 10)
@@ -214,7 +218,7 @@ class ExpertWorker:
         """Body of the compute thread: takes over when calls came during a computation."""
         with torch.inference_mode():
             while not self._closed:
-                self._waiting.wait(_IDLE_TURN_S)
+                self._waiting.wait(OTHERS_SETTLE_S if self._queue else _IDLE_TURN_S)
                 self._waiting.clear()
                 while self._queue.has_next(self._clock.now_s()) and not self._closed:
                     with self._computing:

@@ -3,7 +3,7 @@
 A step is all or nothing for each sequence: tokens, states and counts change after the forward and
 the sampling of a whole batch have succeeded. A batch that fails is tried once more, then in
 halves, until what fails is alone: those sequences end with an error, the others never notice. So
-do sequences whose rows end the expert workers, which the dispatcher finds out.
+do all sequences of a request whose rows end expert workers, which the dispatcher finds out.
 """
 
 import threading
@@ -179,7 +179,7 @@ class GatewayEngine:
                 events += computed.events
                 events += [
                     self._end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
-                    for sequence, error in computed.failed
+                    for sequence, error in self._with_siblings(computed.failed)
                     if sequence not in self._aborted
                 ]
                 events += self._reap()
@@ -257,6 +257,17 @@ class GatewayEngine:
         first = self._compute(work[:middle], retries=0)
         second = self._compute(work[middle:], retries=0)
         return _Computed(first.events + second.events, first.failed + second.failed)
+
+    def _with_siblings(
+        self, failed: list[tuple[Sequence, Exception]]
+    ) -> list[tuple[Sequence, Exception]]:
+        """Add the sequences that would end expert workers next, as they have the same prompt."""
+        errors = dict(failed)
+        for sequence, error in failed:
+            siblings = self._requests.get(sequence.request.request_id, [])
+            if isinstance(error, PoisonError) and sequence in siblings:
+                errors |= {s: error for s in siblings if s not in errors and s.finish is None}
+        return list(errors.items())
 
     def _attempt(self, work: list[Work]) -> list[_Result]:
         """Run one batch; its states are committed on return, and discarded when it raises."""

@@ -372,8 +372,8 @@ class SimCluster:
             self.start_controller(resume=True)
         elif fault == "poison":
             running = [g for g in self.gateways if not g.is_done]
-            if running:
-                draw.choice(running).has_poison = True
+            for gateway in draw.sample(running, draw.randint(min(1, len(running)), len(running))):
+                gateway.num_poisoned += draw.choice((1, 1, 3))  # sent again by its client
         elif victim is None:
             return
         elif fault in {"kill", "kill two"}:

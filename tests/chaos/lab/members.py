@@ -15,7 +15,7 @@ from workers.dispatch.exchange import LinkDispatcher
 from workers.dispatch.header import Flag, Header, Kind, Status
 from workers.dispatch.options import DispatchOptions
 from workers.dispatch.suspects import PROOFS
-from workers.expert.batching import SETTLE_S, CallQueue
+from workers.expert.batching import OTHERS_SETTLE_S, CallQueue
 from workers.expert.slots import NO_SLOT, SlotTable
 from workers.placement import ExpertId, MemberId, Role, View
 
@@ -228,12 +228,15 @@ class SimWorker(SimProcess):
         if self._waiting.has_next(self.simulator.now_s()):
             self._compute()
         elif self._waiting:
-            self.simulator.after(SETTLE_S, lambda: self.soon(self._go_on))
+            self.simulator.after(OTHERS_SETTLE_S, lambda: self.soon(self._go_on))
 
     def _compute(self) -> None:
         """Take what is next, hold a lease for as long as it takes, and answer."""
-        self._computing = True
         calls = self._waiting.take(self.simulator.now_s())
+        if not calls:  # whoever sent it is gone
+            self._go_on()
+            return
+        self._computing = True
         if calls[0].is_alone:
             link, header, _ = calls[0]
             link.answer(header._replace(kind=Kind.BEGUN, num_rows=0), NO_VALUES, NO_MASKS)
@@ -315,7 +318,7 @@ class SimGateway(SimProcess):
         self._take_in = self.dispatcher._take_in
         self.dispatcher._take_in = self._watched_take_in  # type: ignore[method-assign]
         self.steps_done = 0
-        self.has_poison = False  # its next step has a row of it
+        self.num_poisoned = 0  # of the next steps, those that have a row of it
         self.step_since_s = 0.0
         self.num_steps = num_steps
         self._num_ended_alone = num_ended_alone
@@ -388,13 +391,13 @@ class SimGateway(SimProcess):
 
     def _step(self, layer: int, num_rows: int) -> None:
         draw = self.simulator.draw
-        if self.has_poison:
+        if self.num_poisoned:
             num_rows = 3
         ids = [draw.sample(range(self._num_experts), 2) for _ in range(num_rows)]
         weights = [[draw.randrange(1, 8) for _ in range(2)] for _ in range(num_rows)]
         x: list[float] = [draw.randrange(1, 1000) for _ in range(num_rows)]
-        if self.has_poison:
-            self.has_poison = False
+        if self.num_poisoned:
+            self.num_poisoned -= 1
             x[1] = POISON
             ids = ids[:1] * num_rows  # so another one is computed alone just before it
         handle = self.dispatcher.dispatch(
