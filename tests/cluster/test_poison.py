@@ -15,8 +15,8 @@ from tests.ranks.harness_gateway import Reference
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 GUILTY = tuple(range(100, 140))
-TOKENS = 60
-INNOCENT = [f"And it came to pass{' in those days' * i}" for i in range(4)]
+TOKENS = 24
+INNOCENT = [f"And it came to pass{' in those days' * i}" for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def cluster(tmp_path_factory):
         for name, value in environment.items():
             patch.setenv(name, value)
         with served(
-            "--expert-workers", "3",
+            "--expert-workers", "2",
             "--set", "experts.floor=2",
-            "--set", "experts.standby=2",
+            "--set", "experts.standby=3",
             "--set", "dispatch.bit_stable=true",
         ) as running:  # fmt: skip
             yield running
