@@ -1,32 +1,29 @@
 """Snapshots between gateways over gRPC: the service of the one that keeps them, and its client."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Collection, Mapping
 
 import grpc
 import structlog
 
 from cluster import wire
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
+from cluster.snapshot_stream import KeepStream, Part, head_of, pieces_of
 from workers.errors import SnapshotError
 from workers.gateway.snapshot import Ended, Holder, Shard, Snapshot, Stamp, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
 from workers.types import Request
 
-_PIECE_BYTES = 2**20
-_PUSH_S = 20.0
 _FETCH_S = 10.0
-_RELEASE_S = 5.0
 _WHOLE_S = 5.0  # how long rank 0's push waits for the parts of the other ranks
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 _log = structlog.get_logger()
-_Result = TypeVar("_Result")
 
 
 class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
@@ -36,26 +33,37 @@ class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
         self._store = store
         self._whole = asyncio.Condition()
 
-    async def Push(
+    async def Keep(  # type: ignore[override]  # writes: answers come in any order
         self,
-        request_iterator: AsyncIterator[gateway_pb2.PushRequest],
-        context: grpc.aio.ServicerContext[gateway_pb2.PushRequest, gateway_pb2.PushResponse],
-    ) -> gateway_pb2.PushResponse:
-        """Take one rank's part."""
-        head, wait_s, data = gateway_pb2.ShardHead(), 0.0, bytearray()
-        async for message in request_iterator:
-            if message.HasField("head"):
-                head, wait_s = message.head, message.wait_s
-            data += message.data
-            if len(data) > head.kv_bytes + head.state_bytes:
-                return wire.verdict_message(Verdict.REFUSED)
-        verdict = await _aside(len(data), self._take, head, bytes(data))
-        if verdict is Verdict.COMPLETE:
-            async with self._whole:
-                self._whole.notify_all()
-        elif verdict is Verdict.STORED and wait_s:
-            verdict = await self._wait(wire.stamp_of(head), wait_s)
-        return wire.verdict_message(verdict)
+        request_iterator: AsyncIterator[gateway_pb2.KeepRequest],
+        context: grpc.aio.ServicerContext[gateway_pb2.KeepRequest, gateway_pb2.KeepResponse],
+    ) -> None:
+        """Take one rank's parts, for as long as it sends any, and hear what has left it."""
+        answering = asyncio.Lock()
+        part: Part | None = None
+
+        async def keep(part: Part, number: int, wait_s: float) -> None:
+            verdict = await self._keep(part, wait_s)
+            async with answering:
+                await context.write(wire.verdict_message(number, verdict))
+
+        async with asyncio.TaskGroup() as tasks:
+            async for request in request_iterator:
+                if request.HasField("end"):
+                    self._release(request.end)
+                    continue
+                if request.HasField("head"):
+                    part = Part(request.head)
+                    number, wait_s = request.number, request.wait_s
+                if part is None:
+                    break
+                part.add(request.kv, request.states)
+                if part.is_there:
+                    tasks.create_task(keep(part, number, wait_s))
+                    part = None
+            else:
+                return
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a part of a snapshot needs a head")
 
     async def Fetch(
         self,
@@ -70,27 +78,25 @@ class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
             return
         for data in snapshot.shards:
             shard = Shard(stamp=snapshot.stamp, owner="", data=data)
-            head = await _aside(data.num_bytes, wire.shard_head, shard)
-            yield gateway_pb2.FetchResponse(head=head)
-            for piece in _pieces(shard):
-                yield gateway_pb2.FetchResponse(data=piece)
+            head = await head_of(shard)
+            for kv, states in pieces_of(shard):
+                yield gateway_pb2.FetchResponse(head=head, kv=kv, states=states)
+                head = None
 
-    async def Release(
-        self,
-        request: gateway_pb2.ReleaseRequest,
-        context: grpc.aio.ServicerContext[gateway_pb2.ReleaseRequest, gateway_pb2.ReleaseResponse],
-    ) -> gateway_pb2.ReleaseResponse:
-        """Drop what is kept of a sequence, or keep it for a while."""
-        key = (request.request_id, request.sequence_index)
-        self._store.release(key, request.assignment, has_ended=request.has_ended)
-        return gateway_pb2.ReleaseResponse()
-
-    def _take(self, head: gateway_pb2.ShardHead, data: bytes) -> Verdict:
+    async def _keep(self, part: Part, wait_s: float) -> Verdict:
+        """Store a part that has come; say COMPLETE when others' parts come within `wait_s`."""
         try:
-            return self._store.put(wire.shard_of(head, data))
+            shard = await part.shard()
+            verdict = self._store.put(shard)
         except SnapshotError as error:
-            _log.warning("a snapshot is refused", owner=head.owner, reason=str(error))
+            _log.warning("a snapshot is refused", owner=part.head.owner, reason=str(error))
             return Verdict.REFUSED
+        if verdict is Verdict.COMPLETE:
+            async with self._whole:
+                self._whole.notify_all()
+        elif verdict is Verdict.STORED and wait_s:
+            return await self._wait(shard.stamp, wait_s)
+        return verdict
 
     async def _wait(self, stamp: Stamp, wait_s: float) -> Verdict:
         """Wait until all parts of a snapshot are there, or its time is over."""
@@ -100,6 +106,11 @@ class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
         except TimeoutError:
             return Verdict.STORED
         return Verdict.COMPLETE
+
+    def _release(self, end: gateway_pb2.SequenceEnd) -> None:
+        """Drop what is kept of a sequence, or keep it for a while."""
+        key = (end.request_id, end.sequence_index)
+        self._store.release(key, end.assignment, has_ended=end.has_ended)
 
 
 class SnapshotClient:
@@ -112,25 +123,16 @@ class SnapshotClient:
     def __init__(self, rank: int = 0) -> None:
         self._rank = rank
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._streams: dict[str, KeepStream] = {}
 
     async def push(self, shard: Shard, holder: Holder) -> Verdict:
         """Send one rank's part of a snapshot; REFUSED also when the holder is out of reach."""
-        head = await _aside(shard.data.num_bytes, wire.shard_head, shard)
         wait_s = _WHOLE_S if self._rank == 0 and shard.data.size > 1 else 0.0
+        return await self._stream(holder).push(shard, wait_s)
 
-        async def messages() -> AsyncIterator[gateway_pb2.PushRequest]:
-            first = gateway_pb2.PushRequest(head=head, wait_s=wait_s)
-            for piece in _pieces(shard):
-                first.data = piece
-                yield first
-                first = gateway_pb2.PushRequest()
-
-        try:
-            answer = await self._stub(holder.endpoint).Push(messages(), timeout=_PUSH_S)
-        except grpc.aio.AioRpcError as error:
-            _log.debug("a snapshot was not pushed", holder=holder.member, why=error.details())
-            return Verdict.REFUSED
-        return wire.verdict_of(answer)
+    async def release(self, ended: Ended, holder: Holder) -> None:
+        """Say that a sequence has left; a holder that is out of reach hears of it otherwise."""
+        await self._stream(holder).release(ended)
 
     async def fetch(
         self, holder: Holder, request_id: str, sequence_index: int, num_tokens: int
@@ -139,15 +141,13 @@ class SnapshotClient:
         request = gateway_pb2.FetchRequest(
             request_id=request_id, sequence_index=sequence_index, num_tokens=num_tokens
         )
-        parts: list[tuple[gateway_pb2.ShardHead, bytearray]] = []
+        parts: list[Part] = []
         try:
             async for message in self._stub(holder.endpoint).Fetch(request, timeout=_FETCH_S):
                 if message.HasField("head"):
-                    parts.append((message.head, bytearray()))
-                else:
-                    parts[-1][1].extend(message.data)
-            size = sum(len(data) for _, data in parts)
-            return await _aside(size, _snapshot_of, parts)
+                    parts.append(Part(message.head))
+                parts[-1].add(message.kv, message.states)
+            shards = [await part.shard() for part in parts]
         except (grpc.aio.AioRpcError, SnapshotError) as error:
             _log.warning(
                 "a snapshot is out of reach",
@@ -156,18 +156,23 @@ class SnapshotClient:
                 why=str(error),
             )
             return None
+        if not shards:
+            return None
+        return Snapshot(stamp=shards[0].stamp, shards=tuple(shard.data for shard in shards))
 
-    async def release(self, ended: Ended, holder: Holder) -> None:
-        """Say that a sequence has left; a holder that is out of reach hears of it otherwise."""
-        try:
-            await self._stub(holder.endpoint).Release(wire.ended_message(ended), timeout=_RELEASE_S)
-        except grpc.aio.AioRpcError as error:
-            _log.debug("a snapshot was not released", holder=holder.member, why=error.details())
-
-    async def let_go(self, endpoints: set[str]) -> None:
+    async def let_go(self, endpoints: Collection[str]) -> None:
         """Close the channels to all but these."""
-        for endpoint in self._channels.keys() - endpoints:
+        for endpoint in self._channels.keys() - set(endpoints):
+            self._streams.pop(endpoint, None)
             await self._channels.pop(endpoint).close(grace=None)
+
+    def _stream(self, holder: Holder) -> KeepStream:
+        stream = self._streams.get(holder.endpoint)
+        if stream is None or stream.is_lost:
+            call = self._stub(holder.endpoint).Keep()  # type: ignore[call-arg]  # parts are written
+            stream = KeepStream(call, holder.member)
+            self._streams[holder.endpoint] = stream
+        return stream
 
     def _stub(self, endpoint: str) -> "gateway_pb2_grpc.SnapshotServiceAsyncStub":
         if endpoint not in self._channels:
@@ -203,28 +208,3 @@ class SnapshotSource:
         return await self._client.fetch(
             Holder(holder, endpoint), request.request_id, index, num_tokens
         )
-
-
-def _snapshot_of(parts: Sequence[tuple[gateway_pb2.ShardHead, bytearray]]) -> Snapshot | None:
-    shards = [wire.shard_of(head, bytes(data)) for head, data in parts]
-    if not shards:
-        return None
-    return Snapshot(stamp=shards[0].stamp, shards=tuple(shard.data for shard in shards))
-
-
-def _pieces(shard: Shard) -> Iterator[bytes]:
-    """Cut keys and values, then states, into pieces far below a message's limit; at least one."""
-    data = shard.data
-    if data.num_bytes <= _PIECE_BYTES:
-        yield data.kv + data.states
-        return
-    for whole in (data.kv, data.states):
-        for start in range(0, len(whole), _PIECE_BYTES):
-            yield whole[start : start + _PIECE_BYTES]
-
-
-async def _aside(num_bytes: int, function: Callable[..., _Result], *arguments: object) -> _Result:
-    """Run what hashes so many bytes: in a thread where it would hold up the loop."""
-    if num_bytes <= _PIECE_BYTES:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)

@@ -393,7 +393,7 @@ def stamp_of(head: gateway_pb2.ShardHead) -> Stamp:
     )
 
 
-def shard_of(head: gateway_pb2.ShardHead, data: bytes) -> Shard:
+def shard_of(head: gateway_pb2.ShardHead, kv: bytes, states: bytes) -> Shard:
     """Return the shard that travelled; raises SnapshotError when it is not what was sent."""
     packed = PackedShard(
         rank=head.rank,
@@ -401,10 +401,11 @@ def shard_of(head: gateway_pb2.ShardHead, data: bytes) -> Shard:
         start=head.start,
         position=head.position,
         dtype=head.dtype,
-        kv=data[: head.kv_bytes],
-        states=data[head.kv_bytes :],
+        kv=kv,
+        states=states,
     )
-    if len(packed.states) != head.state_bytes or packed.digest() != head.digest:
+    sizes = len(kv), len(states)
+    if sizes != (head.kv_bytes, head.state_bytes) or packed.digest() != head.digest:
         raise SnapshotError(
             f"rank {head.rank}'s part of the snapshot of request {head.request_id} at "
             f"{head.position} came damaged"
@@ -412,19 +413,19 @@ def shard_of(head: gateway_pb2.ShardHead, data: bytes) -> Shard:
     return Shard(stamp=stamp_of(head), owner=head.owner, data=packed)
 
 
-def verdict_message(verdict: Verdict) -> gateway_pb2.PushResponse:
+def verdict_message(number: int, verdict: Verdict) -> gateway_pb2.KeepResponse:
     """Return what became of a shard, as it travels."""
-    return gateway_pb2.PushResponse(verdict=_VERDICTS[verdict])
+    return gateway_pb2.KeepResponse(number=number, verdict=_VERDICTS[verdict])
 
 
-def verdict_of(message: gateway_pb2.PushResponse) -> Verdict:
+def verdict_of(message: gateway_pb2.KeepResponse) -> Verdict:
     """Return what became of a shard."""
     return _VERDICT_OF.get(message.verdict, Verdict.REFUSED)
 
 
-def ended_message(ended: Ended) -> gateway_pb2.ReleaseRequest:
+def ended_message(ended: Ended) -> gateway_pb2.SequenceEnd:
     """Return the word that a sequence has left its gateway."""
-    return gateway_pb2.ReleaseRequest(
+    return gateway_pb2.SequenceEnd(
         request_id=ended.request_id,
         sequence_index=ended.sequence_index,
         assignment=ended.assignment,

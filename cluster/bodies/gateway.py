@@ -82,10 +82,13 @@ class GatewayBody(Process):
     def adopt(self, view: View) -> None:
         """Take a newer View."""
         self._worker.adopt(view)
-        if view.order > self.order and self._rank == 0:
-            self._worker.keep_with(choose_buddy(view, self._member), view.placement.weights_version)
+        if view.order > self.order:
             gateways = view.with_role(Role.GATEWAY)
             self._source.endpoints = {str(m.id): m.endpoint for m in gateways if m.endpoint}
+            self._loop.begin(self._client.let_go(self._source.endpoints.values()))
+            if self._rank == 0:
+                buddy = choose_buddy(view, self._member)
+                self._worker.keep_with(buddy, view.placement.weights_version)
         self.note(view)
 
     def pulse(self) -> Pulse:

@@ -109,52 +109,69 @@ REFUSAL_REASON_ISOLATED: RefusalReason.ValueType  # 22
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
-class PushRequest(_message.Message):
-    """The first message has the head; keys and values, then states, follow in pieces."""
+class KeepRequest(_message.Message):
+    """A head begins a part; its keys and values, and its states, follow in pieces, the first beside it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEAD_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
+    END_FIELD_NUMBER: _builtins.int
+    kv: _builtins.bytes
+    states: _builtins.bytes
+    number: _builtins.int
+    """Beside a head: names the part in its answer; and for how long the answer is to wait for the
+    parts of the other ranks.
+    """
     wait_s: _builtins.float
-    """Whoever pushed it, answer when the parts of all ranks are there, or after this time."""
     @_builtins.property
     def head(self) -> Global___ShardHead: ...
+    @_builtins.property
+    def end(self) -> Global___SequenceEnd:
+        """Alone in its message."""
+
     def __init__(
         self,
         *,
         head: Global___ShardHead | None = ...,
-        data: _builtins.bytes = ...,
+        kv: _builtins.bytes = ...,
+        states: _builtins.bytes = ...,
+        number: _builtins.int = ...,
         wait_s: _builtins.float = ...,
+        end: Global___SequenceEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "head", b"head", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "head", b"head", "kv", b"kv", "number", b"number", "states", b"states", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PushRequest: _TypeAlias = PushRequest  # noqa: Y015
+Global___KeepRequest: _TypeAlias = KeepRequest  # noqa: Y015
 
 @_typing.final
-class PushResponse(_message.Message):
+class KeepResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    NUMBER_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
     verdict: Global___SnapshotVerdict.ValueType
     def __init__(
         self,
         *,
+        number: _builtins.int = ...,
         verdict: Global___SnapshotVerdict.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PushResponse: _TypeAlias = PushResponse  # noqa: Y015
+Global___KeepResponse: _TypeAlias = KeepResponse  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):
@@ -184,31 +201,36 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchResponse(_message.Message):
-    """As in PushRequest; a head begins the next part."""
+    """As in KeepRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HEAD_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
+    KV_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    kv: _builtins.bytes
+    states: _builtins.bytes
     @_builtins.property
     def head(self) -> Global___ShardHead: ...
     def __init__(
         self,
         *,
         head: Global___ShardHead | None = ...,
-        data: _builtins.bytes = ...,
+        kv: _builtins.bytes = ...,
+        states: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "head", b"head"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "kv", b"kv", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
 
 @_typing.final
-class ReleaseRequest(_message.Message):
+class SequenceEnd(_message.Message):
+    """A sequence has left its gateway."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -234,22 +256,7 @@ class ReleaseRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
-
-@_typing.final
-class ReleaseResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+Global___SequenceEnd: _TypeAlias = SequenceEnd  # noqa: Y015
 
 @_typing.final
 class ShardHead(_message.Message):

@@ -112,20 +112,15 @@ class SnapshotServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Push = channel.stream_unary(
-                '/expertmesh.v1.SnapshotService/Push',
-                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.PushRequest.SerializeToString,
-                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.PushResponse.FromString,
+        self.Keep = channel.stream_stream(
+                '/expertmesh.v1.SnapshotService/Keep',
+                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.KeepRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.KeepResponse.FromString,
                 _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/expertmesh.v1.SnapshotService/Fetch',
                 request_serializer=expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.FromString,
-                _registered_method=True)
-        self.Release = channel.unary_unary(
-                '/expertmesh.v1.SnapshotService/Release',
-                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
 
 
@@ -133,8 +128,9 @@ class SnapshotServiceServicer(object):
     """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences.
     """
 
-    def Push(self, request_iterator, context):
-        """One rank's part of a snapshot.
+    def Keep(self, request_iterator, context):
+        """The parts of snapshots that one rank sends, one after the other on one call for as long as both
+        live, and which sequences have left; each part is answered, in any order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,30 +143,18 @@ class SnapshotServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Release(self, request, context):
-        """A sequence has left its gateway.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_SnapshotServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Push': grpc.stream_unary_rpc_method_handler(
-                    servicer.Push,
-                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.PushRequest.FromString,
-                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.PushResponse.SerializeToString,
+            'Keep': grpc.stream_stream_rpc_method_handler(
+                    servicer.Keep,
+                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.KeepRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.KeepResponse.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
                     request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.SerializeToString,
-            ),
-            'Release': grpc.unary_unary_rpc_method_handler(
-                    servicer.Release,
-                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseRequest.FromString,
-                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.ReleaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -185,7 +169,7 @@ class SnapshotService(object):
     """
 
     @staticmethod
-    def Push(request_iterator,
+    def Keep(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -195,12 +179,12 @@ class SnapshotService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/expertmesh.v1.SnapshotService/Push',
-            expertmesh_dot_v1_dot_gateway__pb2.PushRequest.SerializeToString,
-            expertmesh_dot_v1_dot_gateway__pb2.PushResponse.FromString,
+            '/expertmesh.v1.SnapshotService/Keep',
+            expertmesh_dot_v1_dot_gateway__pb2.KeepRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gateway__pb2.KeepResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -228,33 +212,6 @@ class SnapshotService(object):
             '/expertmesh.v1.SnapshotService/Fetch',
             expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.SerializeToString,
             expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Release(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/expertmesh.v1.SnapshotService/Release',
-            expertmesh_dot_v1_dot_gateway__pb2.ReleaseRequest.SerializeToString,
-            expertmesh_dot_v1_dot_gateway__pb2.ReleaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

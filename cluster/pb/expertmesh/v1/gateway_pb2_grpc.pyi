@@ -70,35 +70,37 @@ class SnapshotServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SnapshotServiceAsyncStub: ...
-    Push: _grpc.StreamUnaryMultiCallable[_gateway_pb2.PushRequest, _gateway_pb2.PushResponse]
-    """One rank's part of a snapshot."""
+    Keep: _grpc.StreamStreamMultiCallable[_gateway_pb2.KeepRequest, _gateway_pb2.KeepResponse]
+    """The parts of snapshots that one rank sends, one after the other on one call for as long as both
+    live, and which sequences have left; each part is answered, in any order.
+    """
     Fetch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]
     """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
-    Release: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]
-    """A sequence has left its gateway."""
 
 @_typing.type_check_only
 class SnapshotServiceAsyncStub(SnapshotServiceStub):
     """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Push: _aio.StreamUnaryMultiCallable[_gateway_pb2.PushRequest, _gateway_pb2.PushResponse]  # type: ignore[assignment]
-    """One rank's part of a snapshot."""
+    Keep: _aio.StreamStreamMultiCallable[_gateway_pb2.KeepRequest, _gateway_pb2.KeepResponse]  # type: ignore[assignment]
+    """The parts of snapshots that one rank sends, one after the other on one call for as long as both
+    live, and which sequences have left; each part is answered, in any order.
+    """
     Fetch: _aio.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]  # type: ignore[assignment]
     """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
-    Release: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ReleaseRequest, _gateway_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """A sequence has left its gateway."""
 
 class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
     """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
 
     @_abc_1.abstractmethod
-    def Push(
+    def Keep(
         self,
-        request_iterator: _MaybeAsyncIterator[_gateway_pb2.PushRequest],
+        request_iterator: _MaybeAsyncIterator[_gateway_pb2.KeepRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_gateway_pb2.PushResponse, _abc.Awaitable[_gateway_pb2.PushResponse]]:
-        """One rank's part of a snapshot."""
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.KeepResponse], _abc.AsyncIterator[_gateway_pb2.KeepResponse]]:
+        """The parts of snapshots that one rank sends, one after the other on one call for as long as both
+        live, and which sequences have left; each part is answered, in any order.
+        """
 
     @_abc_1.abstractmethod
     def Fetch(
@@ -107,13 +109,5 @@ class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.FetchResponse], _abc.AsyncIterator[_gateway_pb2.FetchResponse]]:
         """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
-
-    @_abc_1.abstractmethod
-    def Release(
-        self,
-        request: _gateway_pb2.ReleaseRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_gateway_pb2.ReleaseResponse, _abc.Awaitable[_gateway_pb2.ReleaseResponse]]:
-        """A sequence has left its gateway."""
 
 def add_SnapshotServiceServicer_to_server(servicer: SnapshotServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
