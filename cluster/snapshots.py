@@ -1,69 +1,49 @@
-"""Snapshots between gateways over gRPC: the service of the one that keeps them, and its client."""
+"""What gateways ask each other about snapshots, over gRPC; `snapshot_lines` sends them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import grpc
 import structlog
 
 from cluster import wire
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
-from cluster.snapshot_stream import KeepStream, Part, head_of, pieces_of
+from cluster.snapshot_lines import SnapshotKeeper
 from workers.errors import SnapshotError
-from workers.gateway.snapshot import Ended, Holder, Shard, Snapshot, Stamp, Verdict
+from workers.gateway.snapshot import Holder, Shard, Snapshot
 from workers.gateway.snapshot_store import SnapshotStore
+from workers.model.packed import PackedShard
 from workers.types import Request
 
+_PIECE_BYTES = 2**20  # of keys and values, and of states: together below a message's limit
+_KEEP_S = 5.0
 _FETCH_S = 10.0
-_WHOLE_S = 5.0  # how long rank 0's push waits for the parts of the other ranks
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 _log = structlog.get_logger()
+_Result = TypeVar("_Result")
 
 
 class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
-    """Keeps what other gateways push. All methods run on the endpoint's loop."""
+    """Says where other gateways' snapshots are taken, and gives them back."""
 
-    def __init__(self, store: SnapshotStore) -> None:
+    def __init__(self, store: SnapshotStore, keeper: SnapshotKeeper) -> None:
         self._store = store
-        self._whole = asyncio.Condition()
+        self._keeper = keeper
 
-    async def Keep(  # type: ignore[override]  # writes: answers come in any order
+    async def Keep(
         self,
-        request_iterator: AsyncIterator[gateway_pb2.KeepRequest],
+        request: gateway_pb2.KeepRequest,
         context: grpc.aio.ServicerContext[gateway_pb2.KeepRequest, gateway_pb2.KeepResponse],
-    ) -> None:
-        """Take one rank's parts, for as long as it sends any, and hear what has left it."""
-        answering = asyncio.Lock()
-        part: Part | None = None
-
-        async def keep(part: Part, number: int, wait_s: float) -> None:
-            verdict = await self._keep(part, wait_s)
-            async with answering:
-                await context.write(wire.verdict_message(number, verdict))
-
-        async with asyncio.TaskGroup() as tasks:
-            async for request in request_iterator:
-                if request.HasField("end"):
-                    self._release(request.end)
-                    continue
-                if request.HasField("head"):
-                    part = Part(request.head)
-                    number, wait_s = request.number, request.wait_s
-                if part is None:
-                    break
-                part.add(request.kv, request.states)
-                if part.is_there:
-                    tasks.create_task(keep(part, number, wait_s))
-                    part = None
-            else:
-                return
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a part of a snapshot needs a head")
+    ) -> gateway_pb2.KeepResponse:
+        """Say where snapshots are taken."""
+        return gateway_pb2.KeepResponse(port=self._keeper.port, key=self._keeper.key)
 
     async def Fetch(
         self,
@@ -78,61 +58,28 @@ class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
             return
         for data in snapshot.shards:
             shard = Shard(stamp=snapshot.stamp, owner="", data=data)
-            head = await head_of(shard)
-            for kv, states in pieces_of(shard):
-                yield gateway_pb2.FetchResponse(head=head, kv=kv, states=states)
-                head = None
-
-    async def _keep(self, part: Part, wait_s: float) -> Verdict:
-        """Store a part that has come; say COMPLETE when others' parts come within `wait_s`."""
-        try:
-            shard = await part.shard()
-            verdict = self._store.put(shard)
-        except SnapshotError as error:
-            _log.warning("a snapshot is refused", owner=part.head.owner, reason=str(error))
-            return Verdict.REFUSED
-        if verdict is Verdict.COMPLETE:
-            async with self._whole:
-                self._whole.notify_all()
-        elif verdict is Verdict.STORED and wait_s:
-            return await self._wait(shard.stamp, wait_s)
-        return verdict
-
-    async def _wait(self, stamp: Stamp, wait_s: float) -> Verdict:
-        """Wait until all parts of a snapshot are there, or its time is over."""
-        try:
-            async with asyncio.timeout(min(wait_s, _WHOLE_S)), self._whole:
-                await self._whole.wait_for(lambda: self._store.is_whole(stamp))
-        except TimeoutError:
-            return Verdict.STORED
-        return Verdict.COMPLETE
-
-    def _release(self, end: gateway_pb2.SequenceEnd) -> None:
-        """Drop what is kept of a sequence, or keep it for a while."""
-        key = (end.request_id, end.sequence_index)
-        self._store.release(key, end.assignment, has_ended=end.has_ended)
+            head = await _aside(data.num_bytes, partial(wire.shard_head, shard))
+            for number, (kv, states) in enumerate(_pieces(data)):
+                beside = None if number else head
+                yield gateway_pb2.FetchResponse(head=beside, kv=kv, states=states)
 
 
 class SnapshotClient:
-    """Reaches the gateways that keep snapshots. All methods run on one loop.
+    """Asks the gateways that keep snapshots. All methods run on one loop."""
 
-    Args:
-        rank: Rank 0 waits until its snapshots are whole.
-    """
-
-    def __init__(self, rank: int = 0) -> None:
-        self._rank = rank
+    def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._streams: dict[str, KeepStream] = {}
 
-    async def push(self, shard: Shard, holder: Holder) -> Verdict:
-        """Send one rank's part of a snapshot; REFUSED also when the holder is out of reach."""
-        wait_s = _WHOLE_S if self._rank == 0 and shard.data.size > 1 else 0.0
-        return await self._stream(holder).push(shard, wait_s)
-
-    async def release(self, ended: Ended, holder: Holder) -> None:
-        """Say that a sequence has left; a holder that is out of reach hears of it otherwise."""
-        await self._stream(holder).release(ended)
+    async def place(self, holder: Holder) -> tuple[str, int, bytes]:
+        """Return host, port and key where a gateway takes snapshots; raises OSError."""
+        try:
+            answer = await self._stub(holder.endpoint).Keep(
+                gateway_pb2.KeepRequest(), timeout=_KEEP_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise OSError(f"{holder.member} is out of reach: {error.details()}") from error
+        host = holder.endpoint.rpartition(":")[0].strip("[]")
+        return host, answer.port, answer.key
 
     async def fetch(
         self, holder: Holder, request_id: str, sequence_index: int, num_tokens: int
@@ -141,13 +88,14 @@ class SnapshotClient:
         request = gateway_pb2.FetchRequest(
             request_id=request_id, sequence_index=sequence_index, num_tokens=num_tokens
         )
-        parts: list[Part] = []
+        parts: list[list[gateway_pb2.FetchResponse]] = []
         try:
             async for message in self._stub(holder.endpoint).Fetch(request, timeout=_FETCH_S):
                 if message.HasField("head"):
-                    parts.append(Part(message.head))
-                parts[-1].add(message.kv, message.states)
-            shards = [await part.shard() for part in parts]
+                    parts.append([])
+                parts[-1].append(message)
+            size = sum(len(piece.kv) + len(piece.states) for part in parts for piece in part)
+            shards = await _aside(size, lambda: [_shard_of(part) for part in parts])
         except (grpc.aio.AioRpcError, SnapshotError) as error:
             _log.warning(
                 "a snapshot is out of reach",
@@ -163,16 +111,7 @@ class SnapshotClient:
     async def let_go(self, endpoints: Collection[str]) -> None:
         """Close the channels to all but these."""
         for endpoint in self._channels.keys() - set(endpoints):
-            self._streams.pop(endpoint, None)
             await self._channels.pop(endpoint).close(grace=None)
-
-    def _stream(self, holder: Holder) -> KeepStream:
-        stream = self._streams.get(holder.endpoint)
-        if stream is None or stream.is_lost:
-            call = self._stub(holder.endpoint).Keep()  # type: ignore[call-arg]  # parts are written
-            stream = KeepStream(call, holder.member)
-            self._streams[holder.endpoint] = stream
-        return stream
 
     def _stub(self, endpoint: str) -> "gateway_pb2_grpc.SnapshotServiceAsyncStub":
         if endpoint not in self._channels:
@@ -208,3 +147,27 @@ class SnapshotSource:
         return await self._client.fetch(
             Holder(holder, endpoint), request.request_id, index, num_tokens
         )
+
+
+def _pieces(data: PackedShard) -> Iterator[tuple[bytes, bytes]]:
+    """Cut keys and values, and states, into pieces; at least one."""
+    if data.num_bytes <= _PIECE_BYTES:
+        yield data.kv, data.states
+        return
+    starts = range(0, max(len(data.kv), len(data.states)), _PIECE_BYTES)
+    cut = [slice(start, start + _PIECE_BYTES) for start in starts]
+    yield from ((data.kv[piece], data.states[piece]) for piece in cut)
+
+
+def _shard_of(part: Sequence[gateway_pb2.FetchResponse]) -> Shard:
+    kv, states = (
+        b"".join(pieces) for pieces in zip(*((p.kv, p.states) for p in part), strict=True)
+    )
+    return wire.shard_of(part[0].head, kv, states)
+
+
+async def _aside(num_bytes: int, function: Callable[[], _Result]) -> _Result:
+    """Run what hashes so many bytes: in a thread where it would hold up the loop."""
+    if num_bytes <= _PIECE_BYTES:
+        return function()
+    return await asyncio.to_thread(function)

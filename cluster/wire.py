@@ -413,12 +413,12 @@ def shard_of(head: gateway_pb2.ShardHead, kv: bytes, states: bytes) -> Shard:
     return Shard(stamp=stamp_of(head), owner=head.owner, data=packed)
 
 
-def verdict_message(number: int, verdict: Verdict) -> gateway_pb2.KeepResponse:
+def verdict_message(number: int, verdict: Verdict) -> gateway_pb2.KeepAnswer:
     """Return what became of a shard, as it travels."""
-    return gateway_pb2.KeepResponse(number=number, verdict=_VERDICTS[verdict])
+    return gateway_pb2.KeepAnswer(number=number, verdict=_VERDICTS[verdict])
 
 
-def verdict_of(message: gateway_pb2.KeepResponse) -> Verdict:
+def verdict_of(message: gateway_pb2.KeepAnswer) -> Verdict:
     """Return what became of a shard."""
     return _VERDICT_OF.get(message.verdict, Verdict.REFUSED)
 

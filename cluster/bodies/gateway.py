@@ -8,18 +8,21 @@ from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import EndpointOptions, GatewayEndpoint
 from cluster.runtime.nodes import node_address, node_name
+from cluster.snapshot_lines import Line, SnapshotKeeper, SnapshotSender
 from cluster.snapshots import SnapshotClient, SnapshotServicer, SnapshotSource
 from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
 from workers.clock import SystemClock
 from workers.dispatch.options import DispatchOptions, Transport
 from workers.gateway.buddy import choose_buddy
 from workers.gateway.options import GatewayOptions
-from workers.gateway.snapshot import Ended, Holder, Shard, Verdict
+from workers.gateway.snapshot import Holder, Stamp, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
 from workers.gateway.worker import GatewaySpec, GatewayWorker, Keeping
 from workers.mesh import Rendezvous
 from workers.placement import MemberId, Role, View
 from workers.types import GatewayStats
+
+CONNECT_S = 10.0
 
 
 class GatewayBody(Process):
@@ -38,6 +41,10 @@ class GatewayBody(Process):
             max_deaths=config.gateways.max_deaths,
         )
         self._host = host or node_address()
+        self._loop = LoopThread()
+        self._client = SnapshotClient()
+        self._sender = SnapshotSender(rank, self._connect, self._told, SystemClock())
+        self._keeper: SnapshotKeeper | None = None
         self._worker = GatewayWorker(
             GatewaySpec(
                 member=member,
@@ -47,12 +54,10 @@ class GatewayBody(Process):
                 model_dir=model_dir,
                 options=_options(config),
             ),
-            keeping=Keeping(self._push, self._release),
+            keeping=Keeping(self._sender.push, self._sender.release),
         )
         self._endpoint: GatewayEndpoint | None = None
-        self._loop = LoopThread()
         self._store = SnapshotStore(config.gateways.snapshot_store_bytes, SystemClock())
-        self._client = SnapshotClient(rank)
         self._source = SnapshotSource(str(member), self._store, self._client)
         if rank == 0:
             self.registry.register(StatsCollector(self._stats, GATEWAY_SAMPLES, str(member)))
@@ -85,7 +90,9 @@ class GatewayBody(Process):
         if view.order > self.order:
             gateways = view.with_role(Role.GATEWAY)
             self._source.endpoints = {str(m.id): m.endpoint for m in gateways if m.endpoint}
-            self._loop.begin(self._client.let_go(self._source.endpoints.values()))
+            endpoints = set(self._source.endpoints.values())
+            self._sender.let_go(endpoints)
+            self._loop.begin(self._client.let_go(endpoints))
             if self._rank == 0:
                 buddy = choose_buddy(view, self._member)
                 self._worker.keep_with(buddy, view.placement.weights_version)
@@ -109,14 +116,18 @@ class GatewayBody(Process):
         if self._endpoint is not None:
             self._loop.run(self._endpoint.close(), timeout_s=10.0)
         self._worker.close()
+        self._sender.close()
+        if self._keeper is not None:
+            self._keeper.close()
         return idle
 
     async def _listen(self) -> str:
+        self._keeper = SnapshotKeeper(self._store, self._host, SystemClock())
         self._endpoint = GatewayEndpoint(
             self._worker,
             f"{self._host}:0",
             self._endpoint_options,
-            keeper=SnapshotServicer(self._store),
+            keeper=SnapshotServicer(self._store, self._keeper),
             source=self._source,
         )
         return await self._endpoint.start()
@@ -128,20 +139,21 @@ class GatewayBody(Process):
             snapshots_evicted=self._store.num_evicted,
         )
 
-    def _push(self, shard: Shard, holder: Holder) -> None:
-        """Send a shard from the packing thread's hands; the loop hears what came of it."""
-        self._loop.begin(self._push_and_tell(shard, holder))
+    def _connect(self, holder: Holder) -> Line:
+        place = self._loop.run(self._client.place(holder), timeout_s=CONNECT_S)
+        return Line.open(*place)
 
-    async def _push_and_tell(self, shard: Shard, holder: Holder) -> None:
-        verdict = await self._client.push(shard, holder)
+    def _told(self, stamp: Stamp, holder: Holder, verdict: Verdict) -> None:
+        """Hear what became of a part that was sent."""
         if self._rank:
             return  # rank 0 hears when all parts are there
-        if verdict is Verdict.COMPLETE and self._endpoint is not None:
-            self._endpoint.report(shard.stamp, holder.member)
-        self._worker.stored(shard.stamp, holder, verdict)
+        if verdict is Verdict.COMPLETE:
+            self._loop.begin(self._report(stamp, holder))  # before the sequence may move
+        self._worker.stored(stamp, holder, verdict)
 
-    def _release(self, ended: Ended, holder: Holder) -> None:
-        self._loop.begin(self._client.release(ended, holder))
+    async def _report(self, stamp: Stamp, holder: Holder) -> None:
+        if self._endpoint is not None:
+            self._endpoint.report(stamp, holder.member)
 
 
 def _options(config: ClusterConfig) -> GatewayOptions:

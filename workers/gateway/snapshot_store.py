@@ -102,7 +102,7 @@ class SnapshotStore:
     """
 
     def __init__(self, budget_bytes: int, clock: Clock, *, keep_s: float = 120.0) -> None:
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._clock = clock
         self._keep_s = keep_s
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ class SnapshotStore:
     def put(self, shard: Shard) -> Verdict:
         """Take one rank's shard of a snapshot, whose digest the caller has checked."""
         stamp, data = shard.stamp, shard.data
-        if data.num_bytes > self._budget_bytes or not 0 <= data.rank < data.size:
+        if data.num_bytes > self.budget_bytes or not 0 <= data.rank < data.size:
             return Verdict.REFUSED
         key = (stamp.request_id, stamp.sequence_index)
         with self._lock:
@@ -191,7 +191,7 @@ class SnapshotStore:
                     self._drop(key, number)
 
     def _make_room(self, spare: tuple[Key, int]) -> None:
-        while self._num_bytes > self._budget_bytes:
+        while self._num_bytes > self.budget_bytes:
             ages = [
                 (chain.released_s is None, chain.written_s, key, number)
                 for key, chains in self._chains.items()

@@ -110,42 +110,14 @@ Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
 class KeepRequest(_message.Message):
-    """A head begins a part; its keys and values, and its states, follow in pieces, the first beside it."""
-
     DESCRIPTOR: _descriptor.Descriptor
-
-    HEAD_FIELD_NUMBER: _builtins.int
-    KV_FIELD_NUMBER: _builtins.int
-    STATES_FIELD_NUMBER: _builtins.int
-    NUMBER_FIELD_NUMBER: _builtins.int
-    WAIT_S_FIELD_NUMBER: _builtins.int
-    END_FIELD_NUMBER: _builtins.int
-    kv: _builtins.bytes
-    states: _builtins.bytes
-    number: _builtins.int
-    """Beside a head: names the part in its answer; and for how long the answer is to wait for the
-    parts of the other ranks.
-    """
-    wait_s: _builtins.float
-    @_builtins.property
-    def head(self) -> Global___ShardHead: ...
-    @_builtins.property
-    def end(self) -> Global___SequenceEnd:
-        """Alone in its message."""
 
     def __init__(
         self,
-        *,
-        head: Global___ShardHead | None = ...,
-        kv: _builtins.bytes = ...,
-        states: _builtins.bytes = ...,
-        number: _builtins.int = ...,
-        wait_s: _builtins.float = ...,
-        end: Global___SequenceEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "head", b"head"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "head", b"head", "kv", b"kv", "number", b"number", "states", b"states", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -153,6 +125,87 @@ Global___KeepRequest: _TypeAlias = KeepRequest  # noqa: Y015
 
 @_typing.final
 class KeepResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepResponse: _TypeAlias = KeepResponse  # noqa: Y015
+
+@_typing.final
+class KeepItem(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    @_builtins.property
+    def part(self) -> Global___KeepPart: ...
+    @_builtins.property
+    def end(self) -> Global___SequenceEnd: ...
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        part: Global___KeepPart | None = ...,
+        end: Global___SequenceEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "key", b"key", "part", b"part", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "key", b"key", "part", b"part", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["key", "part", "end"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___KeepItem: _TypeAlias = KeepItem  # noqa: Y015
+
+@_typing.final
+class KeepPart(_message.Message):
+    """One rank's part of a snapshot. Its keys and values follow, then its states."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Names the part in its answer."""
+    wait_s: _builtins.float
+    """For how long the answer is to wait for the parts of the other ranks."""
+    @_builtins.property
+    def head(self) -> Global___ShardHead: ...
+    def __init__(
+        self,
+        *,
+        head: Global___ShardHead | None = ...,
+        number: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "number", b"number", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepPart: _TypeAlias = KeepPart  # noqa: Y015
+
+@_typing.final
+class KeepAnswer(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: _builtins.int
@@ -171,7 +224,7 @@ class KeepResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___KeepResponse: _TypeAlias = KeepResponse  # noqa: Y015
+Global___KeepAnswer: _TypeAlias = KeepAnswer  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):
@@ -201,7 +254,7 @@ Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
 
 @_typing.final
 class FetchResponse(_message.Message):
-    """As in KeepRequest."""
+    """A head begins a part; its keys and values, and its states, follow in pieces, the first beside it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -112,7 +112,7 @@ class SnapshotServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Keep = channel.stream_stream(
+        self.Keep = channel.unary_unary(
                 '/expertmesh.v1.SnapshotService/Keep',
                 request_serializer=expertmesh_dot_v1_dot_gateway__pb2.KeepRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.KeepResponse.FromString,
@@ -128,9 +128,10 @@ class SnapshotServiceServicer(object):
     """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences.
     """
 
-    def Keep(self, request_iterator, context):
-        """The parts of snapshots that one rank sends, one after the other on one call for as long as both
-        live, and which sequences have left; each part is answered, in any order.
+    def Keep(self, request, context):
+        """Where snapshots are taken: a port of the same host, for whoever knows the key. A connection
+        carries KeepItems up, the first of which has the key, and KeepAnswers down, each after its size
+        in 4 bytes, little-endian; behind a part come its bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,7 +147,7 @@ class SnapshotServiceServicer(object):
 
 def add_SnapshotServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Keep': grpc.stream_stream_rpc_method_handler(
+            'Keep': grpc.unary_unary_rpc_method_handler(
                     servicer.Keep,
                     request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.KeepRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_gateway__pb2.KeepResponse.SerializeToString,
@@ -169,7 +170,7 @@ class SnapshotService(object):
     """
 
     @staticmethod
-    def Keep(request_iterator,
+    def Keep(request,
             target,
             options=(),
             channel_credentials=None,
@@ -179,8 +180,8 @@ class SnapshotService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
             '/expertmesh.v1.SnapshotService/Keep',
             expertmesh_dot_v1_dot_gateway__pb2.KeepRequest.SerializeToString,

@@ -70,9 +70,10 @@ class SnapshotServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SnapshotServiceAsyncStub: ...
-    Keep: _grpc.StreamStreamMultiCallable[_gateway_pb2.KeepRequest, _gateway_pb2.KeepResponse]
-    """The parts of snapshots that one rank sends, one after the other on one call for as long as both
-    live, and which sequences have left; each part is answered, in any order.
+    Keep: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.KeepRequest, _gateway_pb2.KeepResponse]
+    """Where snapshots are taken: a port of the same host, for whoever knows the key. A connection
+    carries KeepItems up, the first of which has the key, and KeepAnswers down, each after its size
+    in 4 bytes, little-endian; behind a part come its bytes.
     """
     Fetch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]
     """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
@@ -82,9 +83,10 @@ class SnapshotServiceAsyncStub(SnapshotServiceStub):
     """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Keep: _aio.StreamStreamMultiCallable[_gateway_pb2.KeepRequest, _gateway_pb2.KeepResponse]  # type: ignore[assignment]
-    """The parts of snapshots that one rank sends, one after the other on one call for as long as both
-    live, and which sequences have left; each part is answered, in any order.
+    Keep: _aio.UnaryUnaryMultiCallable[_gateway_pb2.KeepRequest, _gateway_pb2.KeepResponse]  # type: ignore[assignment]
+    """Where snapshots are taken: a port of the same host, for whoever knows the key. A connection
+    carries KeepItems up, the first of which has the key, and KeepAnswers down, each after its size
+    in 4 bytes, little-endian; behind a part come its bytes.
     """
     Fetch: _aio.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]  # type: ignore[assignment]
     """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
@@ -95,11 +97,12 @@ class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Keep(
         self,
-        request_iterator: _MaybeAsyncIterator[_gateway_pb2.KeepRequest],
+        request: _gateway_pb2.KeepRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.KeepResponse], _abc.AsyncIterator[_gateway_pb2.KeepResponse]]:
-        """The parts of snapshots that one rank sends, one after the other on one call for as long as both
-        live, and which sequences have left; each part is answered, in any order.
+    ) -> _typing.Union[_gateway_pb2.KeepResponse, _abc.Awaitable[_gateway_pb2.KeepResponse]]:
+        """Where snapshots are taken: a port of the same host, for whoever knows the key. A connection
+        carries KeepItems up, the first of which has the key, and KeepAnswers down, each after its size
+        in 4 bytes, little-endian; behind a part come its bytes.
         """
 
     @_abc_1.abstractmethod
