@@ -30,6 +30,7 @@ CHUNK_BYTES = 4 * 2**20
 STALL_S = 5.0  # for a chunk, or for the next bytes of what has begun
 TICK_S = 1.0
 ANSWER_S = 20.0
+RETRY_S = 2.0  # after which a holder that was out of reach is tried again
 WHOLE_S = 5.0  # how long rank 0's parts wait for those of the other ranks
 
 _STALL_TICKS = int(STALL_S / TICK_S)
@@ -274,6 +275,7 @@ class SnapshotSender:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._routes: dict[Holder, _Route] = {}
+        self._lost_s: dict[Holder, float] = {}  # when holders were found out of reach
         self._queue: queue.SimpleQueue[tuple[Shard | Ended, Holder] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="snapshot-sender", daemon=True).start()
 
@@ -289,6 +291,7 @@ class SnapshotSender:
         """End the connections to all but these."""
         with self._lock:
             routes = [r for h, r in self._routes.items() if h.endpoint not in endpoints]
+            self._lost_s = {h: s for h, s in self._lost_s.items() if h.endpoint in endpoints}
         for route in routes:
             self._lose(route, "the holder has left")
 
@@ -310,15 +313,21 @@ class SnapshotSender:
         """Return the connection to a holder, if there is one or can be."""
         with self._lock:
             route = self._routes.get(holder)
+            lost_s = self._lost_s.get(holder)
         if route is not None:
             return route
+        if lost_s is not None and self._clock.now_s() - lost_s < RETRY_S:
+            return None  # what waits behind it is for others
         try:
             route = _Route(holder, self._connect(holder), {})
         except OSError as error:
             _log.debug("snapshots cannot be sent", holder=holder.member, why=str(error))
+            with self._lock:
+                self._lost_s[holder] = self._clock.now_s()
             return None
         with self._lock:
             self._routes[holder] = route
+            self._lost_s.pop(holder, None)
         threading.Thread(
             target=self._listen, args=(route,), name="snapshot-answers", daemon=True
         ).start()
@@ -372,6 +381,7 @@ class SnapshotSender:
                 return
             route.is_lost = True
             self._routes.pop(route.holder, None)
+            self._lost_s[route.holder] = self._clock.now_s()
             unanswered, route.unanswered = route.unanswered, {}
         route.line.close()
         _log.debug("snapshots cannot be sent", holder=route.holder.member, why=reason)

@@ -15,6 +15,7 @@ from cluster import snapshot_lines
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from cluster.snapshot_lines import CHUNK_BYTES, Line, SnapshotKeeper, SnapshotSender
 from cluster.snapshots import SnapshotClient, SnapshotServicer
+from tests.unit.harness_gateway import FakeClock
 from workers.clock import SystemClock
 from workers.gateway.snapshot import Ended, Holder, Shard, Snapshot, Stamp, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
@@ -184,6 +185,32 @@ def test_a_holder_that_is_gone_refuses_and_one_that_is_back_is_found(place: Plac
     place.keeper = again.keeper
     sender.push(shard(request_id="again"), again.holder)
     assert place.hear() == ("again", 0, Verdict.COMPLETE)
+    sender.close()
+
+
+def test_what_waits_for_a_holder_out_of_reach_is_refused_without_a_new_try(place: Place) -> None:
+    tried: list[Holder] = []
+    told: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+
+    def connect(holder: Holder) -> Line:
+        tried.append(holder)
+        if holder is not place.holder:
+            raise TimeoutError("frozen")
+        return place.connect(holder)
+
+    clock = FakeClock()
+    sender = SnapshotSender(0, connect, lambda *what: told.put(what[2]), clock)
+    frozen = Holder("gateway-7.1", "127.0.0.1:1")
+    for _ in range(3):
+        sender.push(shard(), frozen)
+    sender.push(shard(), place.holder)
+    verdicts = [told.get(timeout=WAIT_S) for _ in range(4)]
+    assert verdicts == [Verdict.REFUSED] * 3 + [Verdict.COMPLETE]
+    assert tried == [frozen, place.holder]
+    clock.time_s += snapshot_lines.RETRY_S
+    sender.push(shard(), frozen)
+    assert told.get(timeout=WAIT_S) is Verdict.REFUSED
+    assert tried == [frozen, place.holder, frozen]
     sender.close()
 
 

@@ -1,6 +1,7 @@
 """Sequences are captured while they run, and go on elsewhere with the tokens due to them."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -235,6 +236,27 @@ def test_a_lost_base_and_a_new_holder_get_a_whole_snapshot() -> None:
     assert (fourth.start, fourth.holder) == (0, OTHER)
     site.book.stored(third.stamp, HOLDER)  # the old holder's late word
     assert site.engine.stats().snapshots_stored == 1
+
+
+def test_a_holder_out_of_reach_is_asked_again_after_a_quarter_of_the_interval() -> None:
+    request = make_request(max_tokens=60)
+    site = Site(16, arrive=False)
+    site.run(request, 20)
+    positions = []
+    for _ in range(4):
+        capture = site.waiting.pop()
+        site.book.failed(capture.stamp, HOLDER, has_base=True)
+        positions.append(capture.stamp.position)
+        while not site.waiting:
+            site.step()
+    assert [after - before for before, after in pairwise(positions)][1:] == [4, 4]
+
+    site.book.failed(site.waiting.pop().stamp, HOLDER, has_base=True)
+    site.book.send_to(OTHER, "w")
+    site.step()
+    site.step()
+    (other,) = site.waiting
+    assert (other.start, other.holder) == (0, OTHER)
 
 
 @pytest.mark.parametrize("how", ["no holder", "interval 0"])

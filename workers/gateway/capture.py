@@ -58,6 +58,7 @@ class _Progress:
 
     position: int = 0
     under_way: int | None = None
+    not_before: int = 0  # where the next one is tried, after one that failed
     is_last: bool = False  # what is on its way, or came, was captured since `hurry`
 
 
@@ -143,11 +144,16 @@ class CaptureBook:
             self.num_stored += 1
 
     def failed(self, stamp: Stamp, holder: Holder, *, has_base: bool) -> None:
-        """Hear that a snapshot is not there; without its base the next one is sent whole."""
+        """Hear that a snapshot is not there; without its base the next one is sent whole.
+
+        Otherwise the holder may be out of reach: it is asked again after a quarter of the interval.
+        """
         progress = self._arrived(stamp, holder)
         if progress is not None:
             progress.is_last = False
-            if not has_base:
+            if has_base:
+                progress.not_before = stamp.position + max(1, self._interval_tokens // 4)
+            else:
                 progress.position = 0
 
     def is_held(self, sequence: Sequence) -> bool:
@@ -167,7 +173,9 @@ class CaptureBook:
     def _is_wanted(self, sequence: Sequence, progress: _Progress) -> bool:
         if self._is_urgent:
             return not progress.is_last
-        return is_due(sequence.computed, progress.position, self._interval_tokens)
+        return sequence.computed >= progress.not_before and is_due(
+            sequence.computed, progress.position, self._interval_tokens
+        )
 
     def _arrived(self, stamp: Stamp, holder: Holder) -> _Progress | None:
         with self._lock:
