@@ -79,9 +79,10 @@ def desired_of(
     fewest = min(config.experts.min or workers, workers) // cells
     needed = slots_needed(model.num_layers, model.num_experts, fewest, floor) if workers else 0
     slots, a_cell = config.experts.slots, workers // cells
-    if slots and workers and slots * a_cell < model.num_layers * model.num_experts:
+    most = max((slots, *config.experts.pool_slots.values()))
+    if slots and workers and most * a_cell < model.num_layers * model.num_experts:
         raise ConfigError(
-            f"experts.slots: {slots} slots on {a_cell} workers cannot hold the "
+            f"experts.slots: {most} slots on {a_cell} workers cannot hold the "
             f"{model.num_layers * model.num_experts} experts of {model.name}; "
             f"at least {needed} are needed, or 0 for an even share"
         )
@@ -92,6 +93,7 @@ def desired_of(
             Role.FRONT_DOOR: config.front_doors.count,
         },
         num_slots=slots or max(needed, num_slots if workers else 0),
+        pool_slots=config.experts.pool_slots,
         floor=floor,
         standby={
             Role.EXPERT_WORKER: config.experts.standby if workers else 0,

@@ -119,12 +119,24 @@ class ExpertSection(ProcessSection):
     fit into half of this machine's memory, else 1; on GPUs 1."""
     slots: Count = 0
     """Slots a worker; 0 takes an even share among `min` workers and spare ones for coverage."""
+    pool_slots: dict[str, PositiveCount] = {}
+    """Slots of a worker by the pool of its node, where GPUs differ: by the value of the Ray node's
+    label `expertmesh/pool`. On other nodes it has `slots`, which must be set then."""
     min: Count = 0
     """Fewest workers, for which slots are sized; 0 takes `workers`."""
     standby: Count = 0
     """Warm workers more, without experts, that take the place of lost ones."""
     max: LinkCount = 128
     """Most workers of a cell: as many links as a gateway rank may have."""
+
+    @model_validator(mode="after")
+    def _check_pools(self) -> Self:
+        if self.pool_slots and not self.slots:
+            raise ValueError(
+                "pool_slots needs slots, for workers on nodes of other pools: an even share does "
+                "not know how many come to which pool"
+            )
+        return self
 
 
 class TlsSection(_Section):

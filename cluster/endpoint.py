@@ -220,7 +220,11 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def _fetch_and_begin(
         self, source: SnapshotSource, request: Request, session: "_Session"
     ) -> None:
-        snapshots = await source.find(request)
+        try:
+            snapshots = await source.find(request)
+        except Exception as error:  # noqa: BLE001 - the request can be computed without them
+            _log.error("snapshots are not looked for", why=repr(error))
+            snapshots = {}
         del self._fetching[request.request_id]
         self._begin(request, session, snapshots)
 

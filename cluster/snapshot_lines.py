@@ -7,11 +7,13 @@ the interpreter from their steps meanwhile.
 import contextlib
 import hmac
 import itertools
+import math
 import queue
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,12 +32,16 @@ CHUNK_BYTES = 4 * 2**20
 STALL_S = 5.0  # for a chunk, or for the next bytes of what has begun
 TICK_S = 1.0
 ANSWER_S = 20.0
+MOST_LINES = 1024  # of ranks of other gateways, and of strangers until they are turned away
 RETRY_S = 2.0  # after which a holder that was out of reach is tried again
 WHOLE_S = 5.0  # how long rank 0's parts wait for those of the other ranks
 
 _STALL_TICKS = int(STALL_S / TICK_S)
 _MOST_MESSAGE_BYTES = 2**20
+_MOST_HELLO_BYTES = 64
+_AGAIN_S = 0.1
 _SIZE = struct.Struct("<I")
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
 
 _log = structlog.get_logger()
 _Message = TypeVar("_Message", bound=Message)
@@ -49,6 +55,9 @@ class Line:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host may be gone
+        for option, value in _KEEPALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.settimeout(STALL_S)
         self._connection = connection
         self._reading = connection.dup()  # with a timeout of its own
@@ -72,13 +81,15 @@ class Line:
                 for start in range(0, len(view), CHUNK_BYTES):
                     self._connection.sendall(view[start : start + CHUNK_BYTES])
 
-    def read(self, message: _Message, *, ticks: int = 1) -> _Message | None:
+    def read(
+        self, message: _Message, *, ticks: int = 1, most_bytes: int = _MOST_MESSAGE_BYTES
+    ) -> _Message | None:
         """Return the message, filled; None when none has begun within so many `TICK_S`."""
         size = self._read(_SIZE.size, ticks)
         if size is None:
             return None
         (num_bytes,) = _SIZE.unpack(size)
-        if num_bytes > _MOST_MESSAGE_BYTES:
+        if num_bytes > most_bytes:
             raise ConnectionError(f"a message of {num_bytes} bytes is announced")
         try:
             message.ParseFromString(self.read_bytes(num_bytes))
@@ -150,6 +161,7 @@ class SnapshotKeeper:
         self._lock = threading.Lock()
         self._waiting: list[_Waiting] = []
         self._lines: set[Line] = set()
+        self._is_closed = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listening = socket.create_server((host, 0), family=family)
         self.port: int = self._listening.getsockname()[1]
@@ -158,6 +170,7 @@ class SnapshotKeeper:
 
     def close(self) -> None:
         """Stop listening and end every connection."""
+        self._is_closed = True
         with contextlib.suppress(OSError):  # it is closed already
             self._listening.shutdown(socket.SHUT_RDWR)  # closing alone wakes nobody
         self._listening.close()
@@ -167,21 +180,35 @@ class SnapshotKeeper:
             line.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 connection, _ = self._listening.accept()
-            except OSError:
-                return  # closed
+                self._welcome(connection)
+            except (OSError, RuntimeError) as error:  # no descriptor or thread is free, say
+                if not self._is_closed:
+                    _log.warning("a line of snapshots is not taken", why=str(error))
+                    time.sleep(_AGAIN_S)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
             line = Line(connection)
+            undo.callback(line.close)
             with self._lock:
+                if self._is_closed or len(self._lines) >= MOST_LINES:
+                    raise ConnectionRefusedError(f"there are {len(self._lines)} lines already")
                 self._lines.add(line)
+            undo.callback(self._forget, line)
             threading.Thread(
                 target=self._serve, args=(line,), name="snapshot-line", daemon=True
             ).start()
+            undo.pop_all()
 
     def _serve(self, line: Line) -> None:
         try:
-            hello = line.read(gateway_pb2.KeepItem(), ticks=_STALL_TICKS)
+            hello = line.read(
+                gateway_pb2.KeepItem(), ticks=_STALL_TICKS, most_bytes=_MOST_HELLO_BYTES
+            )
             if hello is None or not hmac.compare_digest(hello.key, self.key):
                 return
             while True:
@@ -193,9 +220,12 @@ class SnapshotKeeper:
             _log.debug("a line of snapshots ends", why=str(error))
         finally:
             line.close()
-            with self._lock:
-                self._lines.discard(line)
-                self._waiting = [w for w in self._waiting if w.line is not line]
+            self._forget(line)
+
+    def _forget(self, line: Line) -> None:
+        with self._lock:
+            self._lines.discard(line)
+            self._waiting = [w for w in self._waiting if w.line is not line]
 
     def _take(self, line: Line, item: gateway_pb2.KeepItem) -> None:
         if item.HasField("end"):
@@ -237,8 +267,10 @@ class SnapshotKeeper:
             due = [waiting for waiting in self._waiting if is_due(waiting)]
             self._waiting = [waiting for waiting in self._waiting if waiting not in due]
         for waiting in due:
-            with contextlib.suppress(OSError):  # whoever reads the line finds out
+            try:
                 waiting.line.write(wire.verdict_message(waiting.number, verdict))
+            except OSError:
+                waiting.line.close()  # half a message may have gone
 
 
 @dataclass(slots=True)
@@ -276,6 +308,8 @@ class SnapshotSender:
         self._lock = threading.Lock()
         self._routes: dict[Holder, _Route] = {}
         self._lost_s: dict[Holder, float] = {}  # when holders were found out of reach
+        self._known: set[str] = set()
+        self._gone: set[str] = set()  # endpoints that were known once
         self._queue: queue.SimpleQueue[tuple[Shard | Ended, Holder] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="snapshot-sender", daemon=True).start()
 
@@ -288,8 +322,10 @@ class SnapshotSender:
         self._queue.put((ended, holder))
 
     def let_go(self, endpoints: Collection[str]) -> None:
-        """End the connections to all but these."""
+        """End the connections to all but these; who was among them before gets no new one."""
         with self._lock:
+            self._gone = (self._gone | self._known).difference(endpoints)
+            self._known = set(endpoints)
             routes = [r for h, r in self._routes.items() if h.endpoint not in endpoints]
             self._lost_s = {h: s for h, s in self._lost_s.items() if h.endpoint in endpoints}
         for route in routes:
@@ -302,10 +338,13 @@ class SnapshotSender:
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
             item, holder = entry
-            route = self._route(holder)
-            if route is not None:
-                self._send(route, item)
-            elif isinstance(item, Shard):
+            try:
+                route = self._route(holder)
+                is_sent = route is not None and self._send(route, item)
+            except Exception as error:  # noqa: BLE001 - what comes next must not wait for ever
+                _log.error("a snapshot was not sent", holder=holder.member, why=repr(error))
+                is_sent = False
+            if not is_sent and isinstance(item, Shard):
                 self._told(item.stamp, holder, Verdict.REFUSED)
         self.let_go(())
 
@@ -314,9 +353,10 @@ class SnapshotSender:
         with self._lock:
             route = self._routes.get(holder)
             lost_s = self._lost_s.get(holder)
+            is_gone = holder.endpoint in self._gone
         if route is not None:
             return route
-        if lost_s is not None and self._clock.now_s() - lost_s < RETRY_S:
+        if is_gone or (lost_s is not None and self._clock.now_s() - lost_s < RETRY_S):
             return None  # what waits behind it is for others
         try:
             route = _Route(holder, self._connect(holder), {})
@@ -326,18 +366,24 @@ class SnapshotSender:
                 self._lost_s[holder] = self._clock.now_s()
             return None
         with self._lock:
-            self._routes[holder] = route
-            self._lost_s.pop(holder, None)
+            is_gone = holder.endpoint in self._gone  # meanwhile
+            if not is_gone:
+                self._routes[holder] = route
+                self._lost_s.pop(holder, None)
+        if is_gone:
+            route.line.close()
+            return None
         threading.Thread(
             target=self._listen, args=(route,), name="snapshot-answers", daemon=True
         ).start()
         return route
 
-    def _send(self, route: _Route, item: Shard | Ended) -> None:
+    def _send(self, route: _Route, item: Shard | Ended) -> bool:
+        """Return whether a part was noted: it is told of then, also when it is lost."""
         try:
             if isinstance(item, Ended):
                 route.line.write(gateway_pb2.KeepItem(end=wire.ended_message(item)))
-                return
+                return True
             wait_s = WHOLE_S if self._rank == 0 and item.data.size > 1 else 0.0
             part = gateway_pb2.KeepPart(
                 head=wire.shard_head(item), number=next(self._numbers), wait_s=wait_s
@@ -345,15 +391,18 @@ class SnapshotSender:
             with self._lock:
                 is_lost = route.is_lost
                 if not is_lost:
-                    due_s = self._clock.now_s() + ANSWER_S
-                    route.unanswered[part.number] = (item.stamp, due_s)
+                    route.unanswered[part.number] = (item.stamp, math.inf)
             if is_lost:
-                self._told(item.stamp, route.holder, Verdict.REFUSED)
-                return
+                return False
             message = gateway_pb2.KeepItem(part=part)
             route.line.write(message, item.data.kv, item.data.states)
+            with self._lock:
+                if part.number in route.unanswered:  # its time begins when it is sent
+                    due_s = self._clock.now_s() + ANSWER_S
+                    route.unanswered[part.number] = (item.stamp, due_s)
         except OSError as error:
             self._lose(route, str(error))
+        return True
 
     def _listen(self, route: _Route) -> None:
         try:

@@ -1,6 +1,7 @@
 """What gateways ask each other about snapshots, over gRPC; `snapshot_lines` sends them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
@@ -73,9 +74,10 @@ class SnapshotClient:
     async def place(self, holder: Holder) -> tuple[str, int, bytes]:
         """Return host, port and key where a gateway takes snapshots; raises OSError."""
         try:
-            answer = await self._stub(holder.endpoint).Keep(
-                gateway_pb2.KeepRequest(), timeout=_KEEP_S
-            )
+            with _let_go(holder):
+                answer = await self._stub(holder.endpoint).Keep(
+                    gateway_pb2.KeepRequest(), timeout=_KEEP_S
+                )
         except grpc.aio.AioRpcError as error:
             raise OSError(f"{holder.member} is out of reach: {error.details()}") from error
         host = holder.endpoint.rpartition(":")[0].strip("[]")
@@ -90,13 +92,14 @@ class SnapshotClient:
         )
         parts: list[list[gateway_pb2.FetchResponse]] = []
         try:
-            async for message in self._stub(holder.endpoint).Fetch(request, timeout=_FETCH_S):
-                if message.HasField("head"):
-                    parts.append([])
-                parts[-1].append(message)
+            with _let_go(holder):
+                async for message in self._stub(holder.endpoint).Fetch(request, timeout=_FETCH_S):
+                    if message.HasField("head"):
+                        parts.append([])
+                    parts[-1].append(message)
             size = sum(len(piece.kv) + len(piece.states) for part in parts for piece in part)
             shards = await _aside(size, lambda: [_shard_of(part) for part in parts])
-        except (grpc.aio.AioRpcError, SnapshotError) as error:
+        except (grpc.aio.AioRpcError, OSError, SnapshotError) as error:
             _log.warning(
                 "a snapshot is out of reach",
                 holder=holder.member,
@@ -111,7 +114,8 @@ class SnapshotClient:
     async def let_go(self, endpoints: Collection[str]) -> None:
         """Close the channels to all but these."""
         for endpoint in self._channels.keys() - set(endpoints):
-            await self._channels.pop(endpoint).close(grace=None)
+            if channel := self._channels.pop(endpoint, None):  # the View before may be at it, too
+                await channel.close(grace=None)
 
     def _stub(self, endpoint: str) -> "gateway_pb2_grpc.SnapshotServiceAsyncStub":
         if endpoint not in self._channels:
@@ -147,6 +151,18 @@ class SnapshotSource:
         return await self._client.fetch(
             Holder(holder, endpoint), request.request_id, index, num_tokens
         )
+
+
+@contextlib.contextmanager
+def _let_go(holder: Holder) -> Iterator[None]:
+    """Raise OSError where a call was cancelled with its channel, and not its caller."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError(f"{holder.member} has left") from None
 
 
 def _pieces(data: PackedShard) -> Iterator[tuple[bytes, bytes]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.bodies.process import Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
-from cluster.runtime.nodes import node_address
+from cluster.runtime.nodes import node_address, node_pool
 from cluster.telemetry import WORKER_SAMPLES, StatsCollector
 from workers.clock import SystemClock
 from workers.expert.probe import Fingerprint
@@ -30,11 +30,12 @@ class ExpertWorkerBody(Process):
         port = own_port(config.telemetry.metrics_port, host)
         super().__init__(Role.EXPERT_WORKER, member, config.telemetry, metrics_port=port)
         directory = Path(model_dir)
+        self._num_slots = config.experts.pool_slots.get(node_pool(), num_slots)
         self._worker = ExpertWorker(
             member,
             config=ModelConfig.load(directory),
             checkpoint=Checkpoint(directory),
-            num_slots=num_slots,
+            num_slots=self._num_slots,
             options=WorkerOptions(
                 bit_stable=config.dispatch.bit_stable,
                 capacity_rows=config.dispatch.capacity_rows,
@@ -48,8 +49,8 @@ class ExpertWorkerBody(Process):
         self.registry.register(StatsCollector(self._worker.stats, WORKER_SAMPLES, str(member)))
 
     def open(self) -> Opened:
-        """Say where this worker runs."""
-        return self.opened()
+        """Say where this worker runs, and how many slots it has there."""
+        return self.opened(num_slots=self._num_slots)
 
     def load(self, assignment: Mapping[ExpertId, int]) -> dict[ExpertId, Fingerprint]:
         """Read the weights of the assigned experts into their slots; returns what each computes."""

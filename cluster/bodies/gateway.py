@@ -113,12 +113,14 @@ class GatewayBody(Process):
     def drain(self) -> bool:
         """Hand the running sequences over or finish them, then close."""
         idle = self._worker.drain(self._drain_s)
-        if self._endpoint is not None:
-            self._loop.run(self._endpoint.close(), timeout_s=10.0)
-        self._worker.close()
-        self._sender.close()
         if self._keeper is not None:
-            self._keeper.close()
+            self._keeper.close()  # with the endpoint, where what it keeps is fetched
+        try:
+            if self._endpoint is not None:
+                self._loop.run(self._endpoint.close(), timeout_s=10.0)
+        finally:
+            self._worker.close()
+            self._sender.close()
         return idle
 
     async def _listen(self) -> str:
@@ -147,13 +149,10 @@ class GatewayBody(Process):
         """Hear what became of a part that was sent."""
         if self._rank:
             return  # rank 0 hears when all parts are there
-        if verdict is Verdict.COMPLETE:
-            self._loop.begin(self._report(stamp, holder))  # before the sequence may move
+        if verdict is Verdict.COMPLETE and self._endpoint is not None:
+            # The loop hears of it before it hears that the sequence moves.
+            self._loop.soon(self._endpoint.report, stamp, holder.member)
         self._worker.stored(stamp, holder, verdict)
-
-    async def _report(self, stamp: Stamp, holder: Holder) -> None:
-        if self._endpoint is not None:
-            self._endpoint.report(stamp, holder.member)
 
 
 def _options(config: ClusterConfig) -> GatewayOptions:

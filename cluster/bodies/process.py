@@ -78,6 +78,10 @@ class LoopThread:
         """Run a coroutine on the loop and return at once; its failure is logged."""
         asyncio.run_coroutine_threadsafe(work, self._loop).add_done_callback(_log_failure)
 
+    def soon(self, function: Callable[..., object], *arguments: object) -> None:
+        """Call a function on the loop, after all that was asked for before; returns at once."""
+        self._loop.call_soon_threadsafe(function, *arguments)
+
     def call(
         self, function: Callable[..., _Result], *arguments: object, timeout_s: float
     ) -> _Result:

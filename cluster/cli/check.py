@@ -80,6 +80,8 @@ def _workers_rows(config: ClusterConfig, facts: ModelFacts) -> Iterator[tuple[st
             if floor > workers // config.control.cells:
                 what += "; no two copies go to one worker, so there will be fewer"
         yield what, slots
+    for pool, slots in config.experts.pool_slots.items() if workers else ():
+        yield f"an expert worker in pool {pool}: {slots} slots", slots
 
 
 def _check_parity(console: Console, directory: Path, model: ModelConfig) -> None:

@@ -42,7 +42,7 @@ from cluster.control.ports import (
 from cluster.control.replicas import Fingerprints, ReplicaBook
 from cluster.control.rollout import next_to_leave, outdated
 from cluster.control.scaling.autoscaler import Autoscaler
-from cluster.control.staffing import check_count, fewest_workers, need_of, staff
+from cluster.control.staffing import check_count, fewest_workers, need_of, slots_left, staff
 from cluster.control.status import ClusterStatus, PoolStatus, StepWatch
 from workers.clock import Clock
 from workers.dispatch.tally import LoadReport
@@ -145,7 +145,9 @@ class Controller:
         for life in named:
             if not life.leaving:
                 if life.enlisted:
-                    self._check_count(life.role, self._wanted[life.role] - 1)
+                    self._check_count(
+                        life.role, self._wanted[life.role] - 1, without=life.member.id
+                    )
                     self._check_bounds(life.role, self._wanted[life.role] - 1)
                     self._wanted[life.role] -= 1
                 self._dismiss(life, "drained by an operator")
@@ -498,14 +500,15 @@ class Controller:
         ]
         return self._book.covers(life.member.id, sound)
 
-    def _check_count(self, role: Role, count: int) -> None:
-        model = self._book.model
+    def _check_count(self, role: Role, count: int, without: MemberId | None = None) -> None:
+        model, desired = self._book.model, self._desired
         check_count(
             role,
             count,
             wanted=self._wanted,
-            desired=self._desired,
+            desired=desired,
             num_experts=model.num_layers * model.num_experts,
+            num_slots=slots_left(self._lives.values(), count, desired, without=without),
         )
 
     def _check_bounds(self, role: Role, count: int) -> None:

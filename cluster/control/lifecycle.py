@@ -155,6 +155,7 @@ def adopted(member: Member, processes: tuple[ProcessId, ...], now_s: float) -> L
         process: Opened(
             pid=member.pids[rank] if rank < len(member.pids) else member.pid,
             node="" if rank else member.node,  # a gateway's other ranks may be on other nodes
+            num_slots=member.num_slots,
             endpoint=member.endpoint,
             store=member.stores[rank] if rank < len(member.stores) else "",
             metrics=member.metrics,
@@ -180,6 +181,7 @@ def _merged(before: Opened, after: Opened) -> Opened:
     return Opened(
         pid=after.pid,
         node=after.node,
+        num_slots=after.num_slots or before.num_slots,
         endpoint=after.endpoint or before.endpoint,
         store=after.store or before.store,
         metrics=after.metrics or before.metrics,
@@ -195,6 +197,7 @@ def _described(member: Member, opened: list[Opened | None]) -> Member:
     return replace(
         member,
         node=first.node,
+        num_slots=first.num_slots or member.num_slots,
         pid=first.pid,
         pids=tuple(o.pid for o in opened if o is not None),
         endpoint=first.endpoint,

@@ -13,13 +13,15 @@ class Desired:
     Gateways and expert workers are shared out among `cells`; in each, workers have `floor` copies
     of every expert, and there are at most `max_workers` and `max_gateways`.
     `standby` members more of a role are kept warm: workers without experts, gateways with their
-    weights. `settings` names, for each role, what its processes are started with now; members with
+    weights. A worker has `num_slots`, on nodes of some pools others: `least_slots` to `most_slots`.
+    `settings` names, for each role, what its processes are started with now; members with
     other settings are replaced in a rollout. `fixed` are values that all members must have had from
     the beginning.
     """
 
     members: Mapping[Role, int]
     num_slots: int = 0
+    pool_slots: Mapping[str, int] = field(default_factory=dict)
     floor: int = 1
     standby: Mapping[Role, int] = field(default_factory=dict)
     cells: int = 1
@@ -27,6 +29,16 @@ class Desired:
     max_gateways: int = 128
     settings: Mapping[Role, str] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def least_slots(self) -> int:
+        """Slots of a worker on the smallest node."""
+        return min((self.num_slots, *self.pool_slots.values()))
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of a worker on the largest node."""
+        return max((self.num_slots, *self.pool_slots.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,10 +185,11 @@ class Journal(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """What a process says of itself when it has started."""
+    """What a process says of itself when it has started; `num_slots` 0 is what it was told."""
 
     pid: int
     node: str
+    num_slots: int = 0
     endpoint: str = ""
     store: str = ""
     metrics: str = ""

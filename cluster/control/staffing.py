@@ -68,10 +68,38 @@ def staff(
     )
 
 
+def slots_left(
+    lives: Collection[Life], count: int, desired: Desired, *, without: MemberId | None = None
+) -> int:
+    """Return the slots of the `count` expert workers that will be there; new ones get the least."""
+    staying = sorted(
+        (
+            life
+            for life in lives
+            if life.role is Role.EXPERT_WORKER
+            and life.enlisted
+            and not life.leaving
+            and life.member.id != without
+        ),
+        key=_seniority,
+    )[:count]
+    there = sum(life.member.num_slots for life in staying)
+    return there + (count - len(staying)) * desired.least_slots
+
+
 def check_count(
-    role: Role, count: int, *, wanted: Mapping[Role, int], desired: Desired, num_experts: int
+    role: Role,
+    count: int,
+    *,
+    wanted: Mapping[Role, int],
+    desired: Desired,
+    num_experts: int,
+    num_slots: int,
 ) -> None:
-    """Raise RefusedError, with the reason, when so many members of a role cannot be wanted."""
+    """Raise RefusedError, with the reason, when so many members of a role cannot be wanted.
+
+    `num_slots` is how many slots so many expert workers would have together.
+    """
     if role not in wanted:
         raise RefusedError(f"{role.plural} cannot be scaled")
     is_experts = role is Role.EXPERT_WORKER
@@ -85,9 +113,10 @@ def check_count(
     rises = count > wanted[role]
     if fewest < 1:
         raise RefusedError(f"{count} {role.plural}: at least 1 must stay{each}")
-    if is_experts and fewest * desired.num_slots < num_experts:
+    room = min(num_slots // cells, fewest * desired.most_slots)
+    if is_experts and room < num_experts:
         raise RefusedError(
-            f"{fewest} expert workers of {desired.num_slots} slots{each} cannot hold the "
+            f"{fewest} expert workers with {room} slots together{each} cannot hold the "
             f"{num_experts} experts: coverage would break; start with experts.min set for so few"
         )
     if is_experts and rises and most > desired.max_workers:
@@ -107,7 +136,7 @@ def fewest_workers(desired: Desired, num_experts: int) -> int:
     """Return how many workers hold the wanted copies of every expert, each on another worker."""
     if not desired.num_slots:
         return desired.cells
-    a_cell = max(math.ceil(desired.floor * num_experts / desired.num_slots), desired.floor, 1)
+    a_cell = max(math.ceil(desired.floor * num_experts / desired.least_slots), desired.floor, 1)
     return desired.cells * a_cell
 
 

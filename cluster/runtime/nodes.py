@@ -3,6 +3,8 @@
 import ray
 from ray._private.state import state as global_state
 
+POOL_LABEL = "expertmesh/pool"
+
 
 def node_address() -> str:
     """Return the address of this process's node, as the other nodes reach it."""
@@ -12,6 +14,12 @@ def node_address() -> str:
 def node_name() -> str:
     """Return the id of this process's node."""
     return str(ray.get_runtime_context().get_node_id())
+
+
+def node_pool() -> str:
+    """Return the pool of this process's node, by its label `expertmesh/pool`; empty without one."""
+    labels = ray.get_runtime_context().get_node_labels()
+    return str(labels.get(POOL_LABEL, ""))
 
 
 def head_address() -> str:

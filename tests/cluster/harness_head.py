@@ -39,9 +39,16 @@ class Head:
     directory: Path
     environment: Mapping[str, str]
 
-    def join(self, host: str, resources: Mapping[str, float], inside: Sequence[str]) -> None:
+    def join(
+        self,
+        host: str,
+        resources: Mapping[str, float],
+        inside: Sequence[str],
+        labels: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Start a node of this cluster that is reached at `host`; `inside` goes before commands."""
-        _started([*inside, *self._node(host, resources)], self.environment)
+        named = [f"--labels={','.join(f'{k}={v}' for k, v in labels.items())}"] if labels else []
+        _started([*inside, *self._node(host, resources), *named], self.environment)
 
     def join_in_foreground(
         self, host: str, resources: Mapping[str, float], **environment: str

@@ -17,6 +17,8 @@ from tests.cluster.harness_apply import Site, site
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 SEED = 5
+NUM_EXPERTS = 256  # of all layers of the demo model
+SLOTS, LARGE_SLOTS = 80, 200
 
 
 def pids(cluster: Site) -> dict[str, int]:
@@ -80,3 +82,28 @@ def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -
         assert cluster.down().stdout == "ended\n"
         assert not psutil.wait_procs(processes, timeout=30)[1]
         assert cluster.down().stdout == "nothing ran\n"
+
+
+def test_workers_have_the_slots_of_their_nodes_pools() -> None:
+    """Two nodes, one of a pool with larger GPUs; a worker fits on each."""
+    settings = {
+        "experts.workers": 2,
+        "experts.floor": 1,
+        "experts.resources": {"expert_slot": 1},
+        "experts.slots": SLOTS,
+        "experts.pool_slots": {"expert-large": LARGE_SLOTS},
+    }
+    with site(resources={"gateway": 1, "frontdoor": 1}, **settings) as cluster:
+        for host, pool in (("127.0.0.2", "expert-small"), ("127.0.0.3", "expert-large")):
+            cluster.head.join(host, {"expert_slot": 1}, (), {"expertmesh/pool": pool})
+        applied = cluster.apply()
+        assert applied.stdout == f"ready {cluster.endpoint}\n", applied.stderr
+        status = cluster.run("status", "--json", "--server", cluster.endpoint)
+        members = json.loads(status.stdout)["members"]
+        workers = [m for m in members if m["role"] == "ROLE_EXPERT_WORKER"]
+        assert sorted(w["num_slots"] for w in workers) == [SLOTS, LARGE_SLOTS]
+        assert all(w["slots_used"] <= w["num_slots"] for w in workers)
+        assert sum(w["slots_used"] for w in workers) >= NUM_EXPERTS
+        assert max(w["slots_used"] for w in workers) > SLOTS
+        assert len(answer(cluster)) == 12
+        cluster.down()

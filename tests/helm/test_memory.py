@@ -97,8 +97,9 @@ def test_an_expert_worker_s_slots_fit_into_its_gpu(stem):
     assert desired.num_slots * config.experts.workers >= 2 * model.num_layers * model.num_experts
     assert max(plan.worker_slots) <= desired.num_slots
     for name, gpu in gpus_of(groups, "expert").items():
-        used = desired.num_slots * slot
+        used = config.experts.pool_slots.get(name, desired.num_slots) * slot
         assert used <= FILL * gpu, f"{name}: {used / 2**30:.1f} GiB of {gpu / 2**30:.1f}"
+    assert config.experts.pool_slots.keys() <= gpus_of(groups, "expert").keys()
 
 
 @cases

@@ -276,7 +276,11 @@ def test_a_new_controller_goes_on_with_the_same_cells() -> None:
     ("role", "count", "problem"),
     [
         (Role.GATEWAY, 1, "1 gateways: at least 1 must stay in each of 2 cells"),
-        (Role.EXPERT_WORKER, 3, "1 expert workers of 6 slots in each of 2 cells cannot hold"),
+        (
+            Role.EXPERT_WORKER,
+            3,
+            "1 expert workers with 6 slots together in each of 2 cells cannot hold",
+        ),
         (
             Role.EXPERT_WORKER,
             9,

@@ -132,6 +132,16 @@ def test_more_than_links_suffice_for_and_fewer_than_cells_are_refused(settings, 
         load_config(None, settings)
 
 
+def test_slots_by_pool_need_slots_for_every_other_pool() -> None:
+    pools = {"experts.pool_slots": {"expert-h200": 8}}
+    with pytest.raises(ConfigError, match="pool_slots needs slots"):
+        load_config(given=pools)
+    config = load_config(given={**pools, "experts.slots": 4})
+    assert config.experts.pool_slots == {"expert-h200": 8}
+    with pytest.raises(ConfigError, match=r"experts\.pool_slots\.expert-h200"):
+        load_config(settings=["experts.slots=4", "experts.pool_slots={expert-h200: 0}"])
+
+
 def test_cells_make_room_for_more_members() -> None:
     settings = ["experts.workers=4", "experts.max=2", "control.cells=2", "gateways.count=4"]
     assert load_config(None, settings).experts.workers == 4

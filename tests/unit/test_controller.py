@@ -7,7 +7,7 @@ import pytest
 
 from cluster.control.controller import Controller
 from cluster.control.options import ControllerOptions, Desired, RebalanceOptions
-from cluster.control.ports import ProcessId, ProcessSpec, Pulse
+from cluster.control.ports import Opened, ProcessId, ProcessSpec, Pulse
 from tests.fake_runtime import FakeClock, FakeRuntime, MemoryJournal
 from workers.dispatch.tally import LoadReport
 from workers.errors import NotFoundError, RefusedError
@@ -91,6 +91,30 @@ def test_a_cluster_forms_and_becomes_ready() -> None:
     assert {m.state for m in bench.view.members} == {MemberState.ACTIVE}
     assert len(bench.view.members) == 5
     assert bench.view.uncovered() == []
+
+
+def test_a_worker_has_the_slots_that_it_found_room_for() -> None:
+    bench = Bench(workers=2, slots=4)
+    large = "expert_worker-1"
+
+    def opened(process: ProcessId) -> Opened:
+        return Opened(pid=1, node="n", num_slots=10 if process.member.name == large else 4)
+
+    bench.runtime.answers["open"] = opened
+    bench.ticks()
+
+    slots = {m.id.name: m.num_slots for m in bench.view.with_role(Role.EXPERT_WORKER)}
+    assert slots == {"expert_worker-0": 4, large: 10}
+    held = {m.id.name: len(bench.view.placement.held_by(m.id)) for m in bench.view.members}
+    assert bench.view.uncovered() == []
+    assert held["expert_worker-0"] <= 4 < held[large] <= 10
+
+    with pytest.raises(RefusedError, match="1 expert workers with 4 slots together cannot hold"):
+        bench.controller.drain(large)
+
+    after = Bench(workers=2, slots=4, after=bench)
+    after.ticks()
+    assert {m.id.name: m.num_slots for m in after.view.with_role(Role.EXPERT_WORKER)} == slots
 
 
 def test_every_rank_of_a_gateway_joins_at_the_rendezvous_of_rank_0_before_any_loads() -> None:
@@ -343,7 +367,9 @@ def test_leaving_is_refused_when_the_rest_could_not_hold_every_expert() -> None:
     bench = Bench(workers=3, slots=5)
     bench.ticks()
 
-    with pytest.raises(RefusedError, match="2 expert workers of 5 slots cannot hold the 12"):
+    with pytest.raises(
+        RefusedError, match="2 expert workers with 10 slots together cannot hold the 12"
+    ):
         bench.controller.drain("expert_worker-1")
     with pytest.raises(RefusedError, match="coverage would break"):
         bench.controller.scale(Role.EXPERT_WORKER, 2)

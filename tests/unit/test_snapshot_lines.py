@@ -114,12 +114,13 @@ def test_rank_0_hears_that_a_snapshot_is_whole_while_other_parts_pass(place: Pla
 def test_rank_0_hears_when_the_other_parts_do_not_come(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot_lines, "WHOLE_S", 0.0)
+    monkeypatch.setattr(snapshot_lines, "WHOLE_S", 0.3)
+    monkeypatch.setattr(snapshot_lines, "TICK_S", 0.05)
     sender = place.sender()
     sender.push(shard(size=2), place.holder)
     sender.push(shard(request_id="alone"), place.holder)
-    assert place.hear() == ("r", 0, Verdict.STORED)
     assert place.hear() == ("alone", 0, Verdict.COMPLETE)
+    assert place.hear() == ("r", 0, Verdict.STORED)
     sender.close()
 
 
@@ -226,35 +227,90 @@ def test_who_is_let_go_refuses_what_was_under_way(place: Place) -> None:
     sender.close()
 
 
+@contextlib.contextmanager
+def mute_holder() -> Iterator[tuple[SnapshotSender, "queue.SimpleQueue[Verdict]"]]:
+    """A sender whose holder takes connections, and then neither reads nor answers."""
+    told: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        lines: list[Line] = []
+
+        def connect(_holder: Holder) -> Line:
+            lines.append(Line.open("127.0.0.1", port, b"key"))
+            return lines[-1]
+
+        sender = SnapshotSender(0, connect, lambda *what: told.put(what[2]), SystemClock())
+        yield sender, told
+        assert len(lines) == 1
+        sender.close()
+
+
 def test_a_holder_that_does_not_answer_in_time_is_given_up(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot_lines, "ANSWER_S", 0.0)
+    monkeypatch.setattr(snapshot_lines, "ANSWER_S", 0.05)
     monkeypatch.setattr(snapshot_lines, "TICK_S", 0.01)
-    ours, theirs = socket.socketpair()
-    told: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
-    sender = SnapshotSender(
-        0, lambda _holder: Line(ours), lambda *what: told.put(what[2]), SystemClock()
-    )
-    sender.push(shard(), place.holder)
-    assert told.get(timeout=WAIT_S) is Verdict.REFUSED
-    theirs.close()
-    sender.close()
+    with mute_holder() as (sender, told):
+        sender.push(shard(), place.holder)
+        assert told.get(timeout=WAIT_S) is Verdict.REFUSED
 
 
 def test_a_holder_that_takes_nothing_is_given_up(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot_lines, "STALL_S", 0.05)
-    ours, theirs = socket.socketpair()
+    with mute_holder() as (sender, told):
+        sender.push(shard(num_bytes=4 * LARGE), place.holder)  # more than the kernel takes
+        assert told.get(timeout=WAIT_S) is Verdict.REFUSED
+
+
+def test_an_error_in_sending_one_part_is_told_and_does_not_end_the_thread(place: Place) -> None:
     told: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
-    sender = SnapshotSender(
-        0, lambda _holder: Line(ours), lambda *what: told.put(what[2]), SystemClock()
-    )
-    sender.push(shard(num_bytes=LARGE), place.holder)
+    broken = Holder("gateway-8.1", "127.0.0.1:1")
+
+    def connect(holder: Holder) -> Line:
+        if holder is broken:
+            raise ValueError("nobody has thought of this")
+        return place.connect(holder)
+
+    sender = SnapshotSender(0, connect, lambda *what: told.put(what[2]), SystemClock())
+    sender.push(shard(), broken)
+    sender.push(shard(), place.holder)
     assert told.get(timeout=WAIT_S) is Verdict.REFUSED
-    theirs.close()
+    assert told.get(timeout=WAIT_S) is Verdict.COMPLETE
     sender.close()
+
+
+def test_who_has_left_gets_no_new_line(place: Place) -> None:
+    sender = place.sender()
+    sender.let_go({place.holder.endpoint})
+    sender.push(shard(), place.holder)
+    assert place.hear() == ("r", 0, Verdict.COMPLETE)
+    sender.let_go(())
+    sender.push(shard(128, start=64), place.holder)
+    assert place.hear() == ("r", 0, Verdict.REFUSED)
+    sender.close()
+
+
+def test_the_keeper_outlives_a_connection_that_it_cannot_take(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [OSError("too many open files"), RuntimeError("can't start new thread")]
+    line = snapshot_lines.Line
+
+    def fails(connection: socket.socket) -> Line:
+        if failures:
+            raise failures.pop()
+        return line(connection)
+
+    monkeypatch.setattr(snapshot_lines, "Line", fails)
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", place.keeper.port), timeout=WAIT_S) as lost:
+            assert lost.recv(1) == b""
+    found = line.open("127.0.0.1", place.keeper.port, place.keeper.key)
+    found.write(part_message(1, 0))
+    assert found.read(gateway_pb2.KeepAnswer(), ticks=30) is not None
+    found.close()
 
 
 def test_closing_the_keeper_ends_its_threads() -> None:
@@ -292,5 +348,26 @@ def test_what_is_kept_is_fetched_over_grpc(place: Place, num_bytes: int) -> None
         await server.stop(grace=None)
         with pytest.raises(OSError, match=r"gateway-0\.1 is out of reach"):
             await client.place(holder)
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
+
+
+def test_what_is_asked_of_a_gateway_that_leaves_meanwhile_ends_and_cancels_nobody() -> None:
+    async def work() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            holder = Holder("gateway-0.1", f"127.0.0.1:{silent.getsockname()[1]}")
+            client = SnapshotClient()
+            fetching = asyncio.create_task(client.fetch(holder, "r", 0, 65))
+            placing = asyncio.create_task(client.place(holder))
+            asked = asyncio.create_task(client.place(holder))
+            await asyncio.sleep(0)
+            asked.cancel()
+            await asyncio.sleep(0)
+            await client.let_go(())
+            assert await fetching is None
+            with pytest.raises(ConnectionError, match=r"gateway-0\.1 has left"):
+                await placing
+            with pytest.raises(asyncio.CancelledError):
+                await asked
 
     asyncio.run(asyncio.wait_for(work(), WAIT_S))

@@ -171,11 +171,11 @@ class CaptureBook:
             return progress is not None and bool(progress.position or progress.under_way)
 
     def _is_wanted(self, sequence: Sequence, progress: _Progress) -> bool:
+        if sequence.computed < progress.not_before:
+            return False
         if self._is_urgent:
             return not progress.is_last
-        return sequence.computed >= progress.not_before and is_due(
-            sequence.computed, progress.position, self._interval_tokens
-        )
+        return is_due(sequence.computed, progress.position, self._interval_tokens)
 
     def _arrived(self, stamp: Stamp, holder: Holder) -> _Progress | None:
         with self._lock:
