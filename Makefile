@@ -136,7 +136,7 @@ accept-gateway-death: ## Kill and drain gateways under load and at chosen tokens
 		$(BIN)/python -m tests.accept.gateway_death load --tensor-parallel $$size \
 			--json reports/gateway-death-$$size.json || exit 1; \
 		$(BIN)/python -m tests.accept.gateway_death indices --tensor-parallel $$size --every 1 \
-			--json reports/gateway-indices-$$size.json || exit 1; \
+			--after reports/gateway-death-$$size.json --json reports/gateway-indices-$$size.json || exit 1; \
 	done
 
 accept-snapshot-cost: ## Measure what snapshots cost, and replay; writes reports/snapshot-cost.json

@@ -35,7 +35,7 @@ class Answer:
     """All that came for one request, over as many calls as it took.
 
     `error` is the status that ended it, if one did; `breaks` are those after which its client came
-    back.
+    back. `legs` are the gateways that the last call was at, in order.
     """
 
     ask: Ask
@@ -44,6 +44,7 @@ class Answer:
     finishes: dict[int, str] = field(default_factory=dict)
     error: str = ""
     breaks: list[str] = field(default_factory=list)
+    legs: list[str] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -53,6 +54,11 @@ class Answer:
     def token_ids(self, sequence: int) -> list[int]:
         """Return the tokens of a sequence, in order of arrival."""
         return [t for arrival in self.arrivals.get(sequence, ()) for t in arrival.token_ids]
+
+    def num_tokens_at(self, time_s: float) -> int:
+        """Return how many tokens of the first sequence were there by then."""
+        arrivals = self.arrivals.get(0, ())
+        return sum(len(a.token_ids) for a in arrivals if a.at_s <= time_s)
 
     def times_s(self, sequence: int) -> list[float]:
         """Return when each message of a sequence came."""

@@ -8,6 +8,7 @@ import grpc
 
 from cluster.chaos.doors import Door, Doors
 from cluster.chaos.history import Answer, Arrival, Ask
+from cluster.frontdoor.flight import ROUTE_KEY
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from workers.clock import Clock
 
@@ -64,6 +65,23 @@ def message_of(answer: Answer, request_id: str) -> pb.GenerateRequest:
         ),
         stopping=pb.Stopping(max_tokens=ask.max_tokens, ignore_eos=True),
     )
+
+
+def note(answer: Answer, response: pb.GenerateResponse, at_s: float) -> None:
+    """Write down what has come."""
+    sequence = response.sequence_index
+    if response.token_ids:
+        arrival = Arrival(at_s, response.first_token_index, tuple(response.token_ids))
+        answer.arrivals.setdefault(sequence, []).append(arrival)
+    if response.HasField("finish"):
+        reason = pb.FinishReason.Name(response.finish.reason)
+        answer.finishes[sequence] = reason.rpartition("_")[2]
+
+
+def legs_of(trailing_metadata: Any) -> list[str]:  # noqa: ANN401 - as gRPC has it
+    """Return the names of the gateways that had a call, in order."""
+    route = dict(trailing_metadata or ()).get(ROUTE_KEY, "")
+    return [leg.partition("@")[0] for leg in route.split()]
 
 
 def _is_break(error: grpc.aio.AioRpcError) -> bool:
@@ -136,15 +154,5 @@ class Load:
     async def _call(self, door: Door, answer: Answer, request_id: str) -> None:
         call = door.inference.Generate(message_of(answer, request_id), timeout=_DEADLINE_S)
         async for response in call:
-            self._note(answer, response)
-
-    def _note(self, answer: Answer, response: pb.GenerateResponse) -> None:
-        sequence = response.sequence_index
-        if response.token_ids:
-            arrival = Arrival(
-                self._clock.now_s(), response.first_token_index, tuple(response.token_ids)
-            )
-            answer.arrivals.setdefault(sequence, []).append(arrival)
-        if response.HasField("finish"):
-            reason = pb.FinishReason.Name(response.finish.reason)
-            answer.finishes[sequence] = reason.rpartition("_")[2]
+            note(answer, response, self._clock.now_s())
+        answer.legs = legs_of(await call.trailing_metadata())

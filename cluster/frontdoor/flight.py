@@ -22,6 +22,8 @@ from workers.errors import (
 from workers.placement import MemberId
 from workers.types import FinishReason, SnapshotPlace, TokenEvent
 
+ROUTE_KEY = "expertmesh-route"  # of a call's trailing metadata; see `Flight.route`
+
 _PLACES = 4  # remembered of each sequence; a holder keeps two
 
 
@@ -55,6 +57,7 @@ class Flight:
         self._session: GatewaySession | None = None
         self._refused_by: set[MemberId] = set()
         self._places: dict[int, list[SnapshotPlace]] = {}  # by sequence, the newest last
+        self._legs: list[tuple[MemberId, int]] = []
         self._is_admitted = any(request.emitted)
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
@@ -63,6 +66,14 @@ class Flight:
     def assignment(self) -> int:
         """The number of the newest submission; events of an older one are dropped."""
         return self._tenure.assignment
+
+    @property
+    def route(self) -> str:
+        """The gateways that it was handed to, each @ the tokens that were known: `a.1@0 b.2@57`.
+
+        Of several running sequences those of the one that had the fewest.
+        """
+        return " ".join(f"{gateway}@{num_tokens}" for gateway, num_tokens in self._legs)
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events until all its sequences have ended.
@@ -140,6 +151,7 @@ class Flight:
             snapshots=places,
             deaths=self._tenure.num_deaths,
         )
+        self._legs.append((session.member.id, self._fewest_tokens()))
         session.submit(request, self)
         self._tenure.submitted(session)
 
@@ -149,6 +161,9 @@ class Flight:
         if former is not None and former.is_connected and former.member.id not in self._refused_by:
             return former
         return self._pool.choose(self._refused_by, self._request, holder)
+
+    def _fewest_tokens(self) -> int:
+        return min((len(self._emitted[index]) for index in self._running), default=0)
 
     def _usable_places(self) -> tuple[SnapshotPlace, ...]:
         """Return where the newest snapshot of each running sequence is that it may go on from."""
@@ -207,8 +222,7 @@ class Flight:
 
     def _lost(self) -> None:
         assert self._session is not None
-        fewest = min((len(self._emitted[index]) for index in self._running), default=0)
-        self._tenure.lost_at(self._session.member.id, fewest)
+        self._tenure.lost_at(self._session.member.id, self._fewest_tokens())
         self._session, self._is_admitted = None, True
 
     def _refuse(self, error: ExpertmeshError) -> None:

@@ -16,7 +16,7 @@ from cluster.frontdoor import translate
 from cluster.frontdoor.admission import Admission, Job, check
 from cluster.frontdoor.answer import Answer, ChatAnswer, GenerateAnswer
 from cluster.frontdoor.auth import Authenticator
-from cluster.frontdoor.flight import Flight
+from cluster.frontdoor.flight import ROUTE_KEY, Flight
 from cluster.frontdoor.gateways import GatewayPool
 from cluster.frontdoor.metrics import FrontDoorMetrics
 from cluster.frontdoor.model import ModelInfo
@@ -38,6 +38,8 @@ from workers.errors import (
 _log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_POLLED = frozenset({"GetView", "WatchView", "GetStatus"})  # by every console, all the time
 
 _LONG_TEXT = 2000  # characters; tokenizing more would hold up the other streams
 
@@ -82,7 +84,8 @@ async def guarded(
         await _abort(context, ExpertmeshError(f"internal error: {type(error).__name__}"))
     finally:
         parts.metrics.request_ended(method, code.name)
-        _log.info("call ended", method=method, code=code.name)
+        log = _log.debug if method in _POLLED else _log.info
+        log("call ended", method=method, code=code.name)
 
 
 def _identities(context: Context) -> Sequence[bytes]:
@@ -279,6 +282,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                             started()
                             timing.note(event.sequence_index, len(response.token_ids))
                         await context.write(response)
+                context.set_trailing_metadata(((ROUTE_KEY, flight.route),))
             finally:
                 if self._flights[key] is flight:  # else a later call has taken it over
                     del self._flights[key]

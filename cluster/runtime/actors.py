@@ -33,13 +33,13 @@ from cluster.control.ports import (
     Returned,
     RuntimeEvent,
 )
-from cluster.runtime.names import METHODS_AT_ONCE, NAMESPACE, actor_name, gang_name
+from cluster.runtime.names import METHODS_AT_ONCE, NAMESPACE, PRIORITY, actor_name, gang_name
 from cluster.runtime.nodes import draining_nodes
 from workers.clock import Clock
 
 _LOOK_AT_NODES_S = 1.0
 _ASK_AGAIN_S = 0.2
-_LEAST_PRIORITY = 19  # Ray runs its processes at 15
+_LEAST_PRIORITY = 19
 _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
@@ -117,7 +117,7 @@ class RayRuntime:
             "lifetime": "detached",  # a controller may die; what it started goes on
             "max_concurrency": METHODS_AT_ONCE,
             "max_restarts": 0,
-            "runtime_env": {"env_vars": dict(spec.environment)} if spec.environment else None,
+            "runtime_env": {"env_vars": {**PRIORITY, **spec.environment}},
         }
         if spec.gang is not None:
             name, size = spec.gang

@@ -13,7 +13,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.runtime.names import CONTROLLER_NAME, METHODS_AT_ONCE, NAMESPACE, PREFIX
+from cluster.runtime.names import CONTROLLER_NAME, METHODS_AT_ONCE, NAMESPACE, PREFIX, PRIORITY
 from cluster.runtime.nodes import node_name
 from workers.clock import Clock, SystemClock
 from workers.errors import ExpertmeshError, RefusedError, UnavailableError
@@ -88,6 +88,7 @@ def start_controller(
         "num_cpus": 0,
         "max_concurrency": METHODS_AT_ONCE,
         "max_restarts": -1,
+        "runtime_env": {"env_vars": dict(PRIORITY)},
     }
     if resources:
         options["resources"] = dict(resources)

@@ -4,9 +4,9 @@
     python -m tests.accept.gateway_death indices [--every 10] [--json FILE]
 
 `load` kills one rank of a random gateway, and drains gateways, under 16 concurrent requests, and
-replays every sequence through the experts in one process. `indices` kills the gateway of a stream
-of 200 tokens when its client has the n-th, for every n-th, and compares with the undisturbed
-stream; it runs in bit-stable mode, where the tokens must be the same.
+replays every sequence through the experts in one process. `indices` kills gateways until for every
+n-th token there was a stream of 200 whose gateway died when its client had that many; up to 16
+streams, each behind the one before it, meet one kill. They are replayed as well.
 """
 
 import argparse
@@ -17,7 +17,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from rich.console import Console
 
 from cluster.chaos.doors import Doors
 from cluster.chaos.faults import Done, Saboteur
-from cluster.chaos.run import ChaosOptions, report_of, run_script
+from cluster.chaos.history import Answer, Ask, problems_of
+from cluster.chaos.load import draw_ask, legs_of, message_of, note
+from cluster.chaos.run import ChaosOptions, Run, report_of, run_script
 from cluster.chaos.stalls import percentile
+from cluster.chaos.verdict import replays
 from cluster.cli.chaos import table_of
 from cluster.demo.path import demo_model_path
 from cluster.pb.expertmesh.v1 import cluster_pb2 as pb
@@ -43,6 +48,10 @@ COUNTED = (
     "replayed_tokens", "recomputed_tokens", "moved",
 )  # fmt: skip
 TOKENS = 200
+KILL = "kill gateway"
+COHORT = 16
+CHOICE_TOKENS = 4  # before the kill its victim is chosen
+MOST_KILLS = 250
 POLL_S = 0.5
 
 
@@ -57,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--drains", type=int, default=20)
     parser.add_argument("--every", type=int, default=10, help="kill at every n-th token index")
+    parser.add_argument("--after", type=Path, help="a report of load: its indices are left out")
     parser.add_argument("--bit-stable", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -97,7 +107,7 @@ def pids_of(member: pb.Member) -> list[int]:
 async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, census: Census) -> None:
     """Kill and drain gateways in a random order."""
     draw = random.Random(options.seed)
-    kinds = ["kill gateway"] * options.kills + ["drain gateway"] * options.drains
+    kinds = [KILL] * options.kills + ["drain gateway"] * options.drains
     draw.shuffle(kinds)
     following = asyncio.create_task(census.follow(saboteur))
     for kind in kinds:
@@ -105,7 +115,7 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
         victim = draw.choice(serving(await saboteur.whole()))
         name = f"{victim.name}.{victim.incarnation}"
         async with saboteur.fault(kind, (name,)):
-            if kind == "kill gateway":
+            if kind == KILL:
                 os.kill(draw.choice(pids_of(victim)), signal.SIGKILL)
                 await saboteur.whole(without=(name,))
             else:
@@ -134,115 +144,203 @@ def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
 
     run = asyncio.run(run_script(endpoint, chaos, script, clock=SystemClock(), progress=progress))
     report = report_of(run, chaos, demo_model_path(), bit_stable=options.bit_stable)
-    return report | {"gateways": census.total()}
+    return report | {"gateways": census.total(), "indices": indices_of(run)}
 
 
-async def stream(stub: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
-    """Yield the messages with tokens of the one stream, greedy."""
-    request = inference_pb2.GenerateRequest(
-        text="In the beginning",
-        sampling=inference_pb2.Sampling(temperature=0),
-        stopping=inference_pb2.Stopping(max_tokens=TOKENS, ignore_eos=True),
+def indices_of(run: Run) -> list[int]:
+    """Return at how many tokens of 200 sequences lost their gateway."""
+    kills = [(d.window.start_s, d.members[0]) for d in run.done if d.window.kind == KILL]
+    return sorted(
+        {
+            answer.num_tokens_at(killed_s)
+            for answer in run.answers
+            for killed_s, victim in kills
+            if answer.ask.max_tokens == TOKENS and victim in answer.legs[:-1]
+        }
     )
-    async for response in stub.Generate(request, timeout=120):
-        if response.token_ids:
-            yield response
+
+
+class Stream:
+    """One stream of a cohort: a request of the load, but with one sequence of 200 tokens."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.answer = Answer(replace(ask, max_tokens=TOKENS, num_sequences=1), time.perf_counter())
+        self.at = 0  # how many tokens it had when a gateway was killed
+        self._killed_s = 0.0
+
+    async def follow(self, stub: Any, request_id: str, progress: asyncio.Event) -> None:
+        """Read all of it; `progress` is set with every message."""
+        call = stub.Generate(message_of(self.answer, request_id), timeout=300)
+        async for response in call:
+            note(self.answer, response, time.perf_counter())
+            progress.set()
+        self.answer.legs = legs_of(await call.trailing_metadata())
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.answer.token_ids(0))
+
+    def killed(self) -> None:
+        """Note that a gateway is killed just now."""
+        self.at, self._killed_s = self.num_tokens, time.perf_counter()
+
+    @property
+    def stall_s(self) -> float:
+        """The longest gap after the kill."""
+        times_s = [self._killed_s, *(t for t in self.answer.times_s(0) if t > self._killed_s)]
+        return max((after - before for before, after in pairwise(times_s)), default=0.0)
+
+
+class Cohort:
+    """Streams that are at chosen tokens at one moment, each behind the one before it.
+
+    Args:
+        stub: The front door.
+        targets: At how many tokens each is to be, the furthest first.
+    """
+
+    def __init__(self, stub: Any, targets: list[int], asks: Iterator[Ask]) -> None:
+        self._stub = stub
+        self._targets = targets
+        self._progress = asyncio.Event()
+        self.streams = [Stream(next(asks)) for _ in targets]
+
+    async def run(self, choose: Callable[[], Awaitable[int]]) -> None:
+        """Run all of them; the process that `choose` returns is killed when they are there."""
+        leader, furthest = self.streams[0], self._targets[0]
+        async with asyncio.TaskGroup() as group:
+            for stream, target in zip(self.streams, self._targets, strict=True):
+                await self._until(leader, furthest - target)
+                request_id = f"indices-{stream.answer.ask.number}"
+                group.create_task(stream.follow(self._stub, request_id, self._progress))
+            await self._until(leader, furthest - CHOICE_TOKENS)
+            process = await choose()
+            await self._until(leader, furthest)
+            for stream in self.streams:
+                stream.killed()
+            os.kill(process, signal.SIGKILL)
+
+    async def _until(self, leader: Stream, num_tokens: int) -> None:
+        while leader.num_tokens < num_tokens:
+            self._progress.clear()
+            await self._progress.wait()
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A gateway that was killed, its streams, and all streams of that cohort."""
+
+    gateway: str
+    hit: list[Stream]
+    streams: list[Stream]
 
 
 async def one_kill(
-    stub: Any, saboteur: Saboteur, at: int, expected: list[int], draw: random.Random
-) -> dict[str, Any]:
-    """Kill the gateway of a stream when its client has `at` tokens."""
+    stub: Any, saboteur: Saboteur, missing: set[int], asks: Iterator[Ask], draw: random.Random
+) -> Kill:
+    """Kill a gateway when its streams are at tokens at which none has been killed yet."""
     members = serving(await saboteur.whole())
-    received: list[int] = []
-    killed = problem = ""
-    stall_s, last_s = 0.0, 0.0
-    async for response in stream(stub):
-        now_s = time.perf_counter()
-        stall_s, last_s = max(stall_s, now_s - last_s if killed else 0.0), now_s
-        if response.first_token_index != len(received):
-            problem = f"token {response.first_token_index} where {len(received)} was due"
-        received += response.token_ids
-        if len(received) >= at and not killed:
-            victim = await running_at(members)
-            if victim is None:
-                break  # it was done before its client had read so far
-            killed = f"{victim.name}.{victim.incarnation}"
-            os.kill(draw.choice(pids_of(victim)), signal.SIGKILL)
-            last_s = time.perf_counter()
-    if killed:
-        if received != expected:
-            problem = problem or "other tokens than undisturbed"
-        await saboteur.whole(without=(killed,))
-    return {"at": at, "killed": killed, "stall_s": stall_s, "problem": problem}
+    every = max(1, len(missing) // COHORT)
+    cohort = Cohort(stub, sorted(missing, reverse=True)[::every][:COHORT], asks)
+    victims = []
+
+    async def choose() -> int:
+        victims.append(draw.choice([m for m in members if await is_busy(m)]))
+        return draw.choice(pids_of(victims[0]))
+
+    await cohort.run(choose)
+    victim = f"{victims[0].name}.{victims[0].incarnation}"
+    await saboteur.whole(without=(victim,))
+    hit = [stream for stream in cohort.streams if victim in stream.answer.legs[:-1]]
+    return Kill(victim, hit, cohort.streams)
 
 
-async def running_at(members: list[pb.Member]) -> pb.Member | None:
-    """Return the gateway that has the stream, by its own word on its metrics page."""
-    for member in members:
-        reader, writer = await asyncio.open_connection(*member.metrics.split(":"))
-        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-        page = (await reader.read()).decode()
-        writer.close()
-        if any(
-            line.startswith("expertmesh_gateway_running_sequences{") and not line.endswith(" 0.0")
-            for line in page.splitlines()
-        ):
-            return member
-    return None
+async def is_busy(member: pb.Member) -> bool:
+    """Whether a gateway has a sequence, by its own word on its metrics page."""
+    reader, writer = await asyncio.open_connection(*member.metrics.split(":"))
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page = (await reader.read()).decode()
+    writer.close()
+    return any(
+        line.startswith("expertmesh_gateway_running_sequences{") and not line.endswith(" 0.0")
+        for line in page.splitlines()
+    )
 
 
-async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
+def wanted_indices(options: argparse.Namespace) -> set[int]:
+    """Return at how many tokens a stream is to lose its gateway."""
+    before = orjson.loads(options.after.read_bytes())["indices"] if options.after else ()
+    return set(range(1, TOKENS, options.every)).difference(before)
+
+
+async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> list[Kill]:
+    """Kill until there was a stream at every token; returns what was done."""
     draw = random.Random(options.seed)
     doors = Doors(endpoint, seed=options.seed)
+    kills: list[Kill] = []
+    missing = wanted_indices(options)
     async with grpc.aio.insecure_channel(endpoint) as channel, doors.open():
         stub = InferenceServiceStub(channel)
+        (model,) = (await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=10)).models
+        asks = (draw_ask(options.seed, number, model.vocabulary_size) for number in count())
         saboteur = Saboteur(doors, seed=options.seed, clock=SystemClock())
-        census = Census()
-        expected = [t async for r in stream(stub) for t in r.token_ids]
-        following = asyncio.create_task(census.follow(saboteur))
-        kills = []
-        for at in range(1, TOKENS, options.every):
-            kills.append(await one_kill(stub, saboteur, at, expected, draw))
-            print(kills[-1], flush=True)
-        await asyncio.sleep(2 * POLL_S)
-        following.cancel()
-    done = [k for k in kills if k["killed"]]
-    stalls_s = sorted(k["stall_s"] for k in done)
+        while missing and len(kills) < MOST_KILLS:
+            kills.append(await one_kill(stub, saboteur, missing, asks, draw))
+            hit = {stream.at: round(stream.stall_s, 3) for stream in kills[-1].hit}
+            missing -= set(hit)
+            print(f"{kills[-1].gateway}, stalls in s: {hit}; {len(missing)} left", flush=True)
+    return kills
+
+
+def report_of_indices(kills: list[Kill], options: argparse.Namespace) -> dict[str, Any]:
+    """Judge the streams: every token once and right, and one at every index at a kill."""
+    answers = [stream.answer for kill in kills for stream in kill.streams]
+    problems = problems_of(answers)
+    verdicts = list(replays(demo_model_path(), answers, bit_stable=options.bit_stable))
+    hit = [stream for kill in kills for stream in kill.hit]
+    missing = wanted_indices(options) - {stream.at for stream in hit}
+    stalls_s = sorted(stream.stall_s for stream in hit)
+    wrong = sum(not verdict.is_right for verdict in verdicts)
     return {
-        "kills": kills,
-        "num_kills": len(done),
-        "too_late": len(kills) - len(done),
+        "kills": [(kill.gateway, sorted(stream.at for stream in kill.hit)) for kill in kills],
+        "num_kills": len(kills),
+        "streams": len(answers),
+        "streams_hit": len(hit),
+        "indices_missing": sorted(missing),
+        "problems": asdict(problems),
+        "replayed": len(verdicts),
+        "wrong": wrong,
+        "explained": sum(m.is_explained for verdict in verdicts for m in verdict.mismatches),
         "stall_ms": {f"p{p}": 1000 * percentile(stalls_s, p) for p in (50, 90, 99, 100)},
-        "gateways": census.total(),
-        "passed": bool(done) and not any(k["problem"] for k in kills),
+        "passed": not missing and not wrong and not problems.count and bool(verdicts),
     }
 
 
 def main() -> None:
     options = arguments()
-    bit_stable = options.bit_stable or options.what == "indices"
     command = [
         "--model", "demo", "--allow-chaos",
         "--gateways", str(options.gateways), "--tensor-parallel", str(options.tensor_parallel),
         "--expert-workers", str(options.workers),
         "--set", f"gateways.snapshot_tokens={options.snapshot_tokens}",
         "--set", f"gateways.standby={options.standby}",
-        "--set", f"dispatch.bit_stable={str(bit_stable).lower()}",
+        "--set", f"dispatch.bit_stable={str(options.bit_stable).lower()}",
     ]  # fmt: skip
     print(f"seed {options.seed}; expertmesh serve {' '.join(command)}", flush=True)
     with served(*command) as cluster:
         if options.what == "load":
             report = run_load(options, cluster.endpoint)
         else:
-            report = asyncio.run(kill_at_indices(options, cluster.endpoint))
+            kills = asyncio.run(kill_at_indices(options, cluster.endpoint))
+            report = report_of_indices(kills, options)
     report |= {"options": {k: str(v) for k, v in vars(options).items()}}
     if options.what == "load":
         Console(highlight=False, width=120).print(table_of(report))
-        for kind, found in report["problems"].items():
-            for problem in found:
-                print(f"{kind}: {problem}")
-    print(orjson.dumps({k: report[k] for k in ("gateways", "passed")}).decode())
+    for kind, found in report["problems"].items():
+        for problem in found:
+            print(f"{kind}: {problem}")
+    shown = set(report) - {"kills", "problems", "options"}
+    print(orjson.dumps({key: report[key] for key in sorted(shown)}).decode())
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))

@@ -7,6 +7,7 @@ import time
 import grpc
 import pytest
 
+from cluster.frontdoor.flight import ROUTE_KEY
 from cluster.pb.expertmesh.v1 import cluster_pb2
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
 from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
@@ -81,9 +82,12 @@ def test_a_killed_gateways_stream_goes_on_from_its_snapshot_with_the_same_tokens
     replayed = metric(cluster, other, "replayed_tokens_total")
     assert metric(cluster, victim, "running_sequences") == 1
     os.kill(victim["pid"], signal.SIGKILL)
-    read(call, received, TOKENS)
+    read(call, received, TOKENS + 1)
 
     assert received == expected
+    legs = dict(leg.split("@") for leg in dict(call.trailing_metadata())[ROUTE_KEY].split())
+    assert [leg.split(".")[0] for leg in legs] == [victim["name"], other["name"]]
+    assert 100 <= int(list(legs.values())[1]) < TOKENS
     assert metric(cluster, other, "restores_total") - restores == 1
     assert metric(cluster, other, "recomputes_total") == 0
     assert 0 <= metric(cluster, other, "replayed_tokens_total") - replayed < 2 * INTERVAL

@@ -9,7 +9,7 @@ import pytest
 from cluster.chaos.cable import Cable
 from cluster.chaos.faults import Done, Fault, draw_faults
 from cluster.chaos.history import Answer, Arrival, Ask, problems_of
-from cluster.chaos.load import draw_ask
+from cluster.chaos.load import draw_ask, legs_of
 from cluster.chaos.plot import plot_stalls
 from cluster.chaos.run import ChaosOptions, Run, report_of
 from cluster.chaos.stalls import NOTHING, Window, percentile, stalls_by_kind
@@ -60,6 +60,22 @@ def test_a_stall_is_the_longest_gap_in_the_window_less_the_normal_one() -> None:
     assert stalls.kind == "kill"
     assert stalls.sequences_s == pytest.approx((0.5,))
     assert stalls.worst_s == pytest.approx((0.5,))
+
+
+def test_an_answer_knows_how_far_it_was() -> None:
+    assert [answer().num_tokens_at(t) for t in (0.9, 1.0, 1.25, 9.0)] == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "legs"),
+    [
+        ((("expertmesh-route", "a.1@0 b.2@57"),), ["a.1", "b.2"]),
+        ((("other", "x"),), []),  # of a front door that does not tell
+        (None, []),
+    ],
+)
+def test_a_call_tells_which_gateways_had_it(metadata, legs) -> None:
+    assert legs_of(metadata) == legs
 
 
 def test_a_sequence_that_did_not_run_then_has_no_stall() -> None:

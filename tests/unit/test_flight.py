@@ -116,6 +116,7 @@ async def test_the_newest_snapshot_is_used_that_is_not_ahead_of_the_client(
     (request,) = next(s for s in pool.sessions if str(s.id) == holder).submitted
     task.cancel()
 
+    assert flight.route == f"a.1@0 {holder}@4"
     assert request.emitted == ((5, 6, 7, 8),)
     assert request.assignment == GRANT + 2
     assert request.snapshots == ((SnapshotPlace(0, *expected),) if expected else ())
