@@ -15,9 +15,10 @@ from workers.clock import SystemClock
 from workers.dispatch.options import DispatchOptions, Transport
 from workers.gateway.buddy import choose_buddy
 from workers.gateway.options import GatewayOptions
+from workers.gateway.outbox import Keeping
 from workers.gateway.snapshot import Holder, Stamp, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
-from workers.gateway.worker import GatewaySpec, GatewayWorker, Keeping
+from workers.gateway.worker import GatewaySpec, GatewayWorker
 from workers.mesh import Rendezvous
 from workers.placement import MemberId, Role, View
 from workers.types import GatewayStats

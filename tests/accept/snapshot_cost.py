@@ -28,9 +28,10 @@ from cluster.demo.path import demo_model_path
 from tests.cluster.harness_serve import Served, served
 from workers.clock import SystemClock
 from workers.gateway.options import GatewayOptions
+from workers.gateway.outbox import Keeping
 from workers.gateway.snapshot import Holder, Shard, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
-from workers.gateway.worker import GatewaySpec, GatewayWorker, Keeping
+from workers.gateway.worker import GatewaySpec, GatewayWorker
 from workers.mesh import Rendezvous
 from workers.placement import MemberId
 from workers.types import Request, Sampling, Stopping, TokenEvent

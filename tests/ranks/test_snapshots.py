@@ -14,9 +14,10 @@ from tests.ranks.harness_gateway import (
     options_for,
 )
 from workers.clock import SystemClock
+from workers.gateway.outbox import Keeping
 from workers.gateway.snapshot import Holder, Shard, Snapshot, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
-from workers.gateway.worker import GatewaySpec, GatewayWorker, Keeping
+from workers.gateway.worker import GatewaySpec, GatewayWorker
 from workers.types import FinishReason, Request
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(180)]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tests.unit.harness_gateway import FakeClock
 from workers.gateway.snapshot import Shard, Stamp, Verdict, digest_of
-from workers.gateway.snapshot_store import SnapshotStore
+from workers.gateway.snapshot_store import PENDING, SnapshotStore
 from workers.model.packed import PackedShard
 
 ROW = 10
@@ -57,6 +57,17 @@ def test_a_snapshot_counts_when_all_ranks_parts_of_it_are_there() -> None:
     assert [s.rank for s in snapshot.shards] == [0, 1]
     assert snapshot.stamp.assignment == 2
     assert store.is_whole(snapshot.stamp)
+
+
+def test_parts_whose_other_ranks_are_never_heard_do_not_pile_up() -> None:
+    store = make_store()
+    for position in range(5, 5 + 3 * PENDING):
+        assert store.put(shard(0, position, rank=1, size=2)) is Verdict.STORED
+    last = shard(0, 4 + 3 * PENDING, rank=0, size=2)
+
+    assert store.num_bytes <= PENDING * last.data.num_bytes
+    assert store.put(last) is Verdict.COMPLETE
+    assert positions(store) == [last.stamp.position]
 
 
 def test_rows_are_put_together_from_what_came_piece_by_piece() -> None:

@@ -3,23 +3,33 @@
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from workers.gateway.capture import Captured
-from workers.gateway.snapshot import Holder, Shard
+from workers.gateway.snapshot import Ended, Holder, Shard
 from workers.model.shards import pack
 
-Push = Callable[[Shard, Holder], None]  # returns at once; what came of it is told to the worker
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How a rank reaches the gateway that keeps its snapshots; both calls return at once.
+
+    What came of a push is told to the worker.
+    """
+
+    push: Callable[[Shard, Holder], None]
+    release: Callable[[Ended, Holder], None] = lambda _ended, _holder: None
 
 
 class Outbox:
     """Packs shards in a thread of its own. Rank 0 bounds how many are under way."""
 
-    def __init__(self, owner: str, rank: int, size: int, push: Push) -> None:
+    def __init__(self, owner: str, rank: int, size: int, keeping: Keeping) -> None:
         self._owner = owner
         self._rank = rank
         self._size = size
-        self._push = push
-        self._queue: queue.SimpleQueue[Captured | None] = queue.SimpleQueue()
+        self._keeping = keeping
+        self._queue: queue.SimpleQueue[Captured | tuple[Ended, Holder] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
@@ -27,12 +37,20 @@ class Outbox:
         """Take what was copied aside; returns at once."""
         self._queue.put(captured)
 
+    def release(self, ended: Ended, holder: Holder) -> None:
+        """Say that a sequence has left, after all that was taken of it; returns at once."""
+        self._queue.put((ended, holder))
+
     def close(self, timeout_s: float) -> None:
         """Hand on what is there, then end."""
         self._queue.put(None)
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (captured := self._queue.get()) is not None:
-            data = pack(captured.shard, rank=self._rank, size=self._size, start=captured.start)
-            self._push(Shard(stamp=captured.stamp, owner=self._owner, data=data), captured.holder)
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Captured):
+                data = pack(item.shard, rank=self._rank, size=self._size, start=item.start)
+                shard = Shard(stamp=item.stamp, owner=self._owner, data=data)
+                self._keeping.push(shard, item.holder)
+            else:
+                self._keeping.release(*item)

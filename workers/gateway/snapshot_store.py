@@ -15,6 +15,7 @@ from workers.clock import Clock
 from workers.gateway.snapshot import Shard, Snapshot, Stamp, Verdict
 from workers.model.packed import PackedShard
 
+PENDING = 4  # of one sequence that lack ranks: more are those whose other ranks were not heard
 KEPT = 2  # whole snapshots of one sequence: the newest may be ahead of what the client has
 
 Key = tuple[str, int]  # request id, index of the sequence
@@ -56,6 +57,8 @@ class _Chain:
         by_rank = self.pending.setdefault(shard.stamp, {})
         by_rank[shard.data.rank] = shard.data
         if len(by_rank) < shard.data.size:
+            for oldest in sorted(self.pending, key=lambda s: s.position)[:-PENDING]:
+                del self.pending[oldest]
             return Verdict.STORED
         self._complete(shard.stamp, tuple(by_rank[rank] for rank in sorted(by_rank)))
         return Verdict.COMPLETE

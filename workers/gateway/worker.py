@@ -24,10 +24,10 @@ from workers.gateway.clients import Clients, Sink
 from workers.gateway.engine import NO_SNAPSHOTS, EngineOptions, GatewayEngine
 from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, StoreVote, Take, drop
 from workers.gateway.options import GatewayOptions, MemoryReport
-from workers.gateway.outbox import Outbox, Push
+from workers.gateway.outbox import Keeping, Outbox
 from workers.gateway.rank import RankModel, load_rank
 from workers.gateway.siblings import Siblings
-from workers.gateway.snapshot import Ended, Holder, Snapshot, Stamp, Verdict, snapshot_interval
+from workers.gateway.snapshot import Holder, Snapshot, Stamp, Verdict, snapshot_interval
 from workers.mesh import MEET_S, Rendezvous, TensorParallelGroup
 from workers.model.cache import state_bytes_per_sequence
 from workers.model.config import ModelConfig
@@ -51,14 +51,6 @@ class GatewaySpec:
     host: str
     model_dir: str
     options: GatewayOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Keeping:
-    """How a rank reaches the gateway that keeps its snapshots; both calls return at once."""
-
-    push: Push
-    release: Callable[[Ended, Holder], None] = lambda _ended, _holder: None
 
 
 class GatewayWorker:
@@ -169,7 +161,7 @@ class GatewayWorker:
         take: Take = drop
         if self._keeping is not None:
             spec = self._spec
-            self._outbox = Outbox(str(spec.member), spec.rank, spec.size, self._keeping.push)
+            self._outbox = Outbox(str(spec.member), spec.rank, spec.size, self._keeping)
             take = self._outbox.take
         if self._spec.rank == 0:
             self._leader = Leader(self._group, model.forward, model.cache, vote, take)
@@ -341,10 +333,10 @@ class GatewayWorker:
 
     def _make_engine(self, leader: Leader) -> GatewayEngine:
         options = self._engine_options()
-        if self._keeping is None:
+        if self._outbox is None:
             return GatewayEngine(options, leader, self._clock)
         return GatewayEngine(
-            options, leader, self._clock, book=self._book, on_end=self._keeping.release
+            options, leader, self._clock, book=self._book, on_end=self._outbox.release
         )
 
     def _engine_options(self) -> EngineOptions:
