@@ -50,7 +50,8 @@ COUNTED = (
 TOKENS = 200
 KILL = "kill gateway"
 COHORT = 16
-CHOICE_TOKENS = 4  # before the kill its victim is chosen
+FIRST_TOKENS = 3  # that the leader gets before a new stream has its first one
+REACH_TOKENS = 8  # before and after the furthest target, among which the best moment is chosen
 MOST_KILLS = 250
 POLL_S = 0.5
 
@@ -192,16 +193,18 @@ class Stream:
 
 
 class Cohort:
-    """Streams that are at chosen tokens at one moment, each behind the one before it.
+    """Streams that are about chosen tokens at one moment, each behind the one before it.
 
     Args:
         stub: The front door.
-        targets: At how many tokens each is to be, the furthest first.
+        missing: At how many tokens streams are still to lose their gateway.
     """
 
-    def __init__(self, stub: Any, targets: list[int], asks: Iterator[Ask]) -> None:
+    def __init__(self, stub: Any, missing: set[int], asks: Iterator[Ask]) -> None:
         self._stub = stub
-        self._targets = targets
+        self._missing = missing
+        every = max(1, len(missing) // COHORT)
+        self._targets = targets = sorted(missing, reverse=True)[::every][:COHORT]
         self._progress = asyncio.Event()
         self.streams = [Stream(next(asks)) for _ in targets]
 
@@ -210,15 +213,24 @@ class Cohort:
         leader, furthest = self.streams[0], self._targets[0]
         async with asyncio.TaskGroup() as group:
             for stream, target in zip(self.streams, self._targets, strict=True):
-                await self._until(leader, furthest - target)
+                await self._until(leader, furthest - target - FIRST_TOKENS)
                 request_id = f"indices-{stream.answer.ask.number}"
                 group.create_task(stream.follow(self._stub, request_id, self._progress))
-            await self._until(leader, furthest - CHOICE_TOKENS)
+            await self._until(leader, furthest - REACH_TOKENS)
             process = await choose()
-            await self._until(leader, furthest)
+            await self._until(leader, leader.num_tokens + self._best_wait())
             for stream in self.streams:
                 stream.killed()
             os.kill(process, signal.SIGKILL)
+
+    def _best_wait(self) -> int:
+        """Return in how many tokens most of the streams are where one is missing."""
+        now = [stream.num_tokens for stream in self.streams]
+        room = TOKENS - 1 - now[0]
+        return max(range(max(1, min(2 * REACH_TOKENS, room + 1))), key=lambda n: self._hits(now, n))
+
+    def _hits(self, now: list[int], num_tokens: int) -> int:
+        return sum(at + num_tokens in self._missing for at in now)
 
     async def _until(self, leader: Stream, num_tokens: int) -> None:
         while leader.num_tokens < num_tokens:
@@ -240,8 +252,7 @@ async def one_kill(
 ) -> Kill:
     """Kill a gateway when its streams are at tokens at which none has been killed yet."""
     members = serving(await saboteur.whole())
-    every = max(1, len(missing) // COHORT)
-    cohort = Cohort(stub, sorted(missing, reverse=True)[::every][:COHORT], asks)
+    cohort = Cohort(stub, missing, asks)
     victims = []
 
     async def choose() -> int:
