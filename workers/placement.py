@@ -4,6 +4,7 @@ All of it is immutable data. One Controller writes Views; everybody else caches 
 Views are ordered by (term, version).
 """
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -127,6 +128,18 @@ class Placement:
             if not any(r.worker in alive for r in self.replicas.get(expert, ()))
         ]
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle as one array: object by object it takes several times as long."""
+        numbers: dict[MemberId, int] = {}
+        table = array("i")
+        for expert, replicas in self.replicas.items():
+            table.extend((expert.layer, expert.expert, len(replicas)))
+            for replica in replicas:
+                number = numbers.setdefault(replica.worker, len(numbers))
+                table.extend((number, replica.slot))
+        arguments = (self.weights_version, self.num_layers, self.num_experts)
+        return _placement, (*arguments, tuple(numbers), table.tobytes())
+
     @cached_property
     def _by_worker(self) -> dict[MemberId, dict[ExpertId, int]]:
         by_worker: dict[MemberId, dict[ExpertId, int]] = {}
@@ -134,6 +147,24 @@ class Placement:
             for replica in replicas:
                 by_worker.setdefault(replica.worker, {})[expert] = replica.slot
         return by_worker
+
+
+def _placement(
+    weights_version: str,
+    num_layers: int,
+    num_experts: int,
+    workers: tuple[MemberId, ...],
+    table: bytes,
+) -> Placement:
+    """Return a placement that was pickled."""
+    numbers = iter(memoryview(table).cast("i"))
+    replicas = {}
+    for layer in numbers:
+        expert, count = ExpertId(layer, next(numbers)), next(numbers)
+        replicas[expert] = tuple(
+            Replica(workers[next(numbers)], next(numbers)) for _ in range(count)
+        )
+    return Placement(weights_version, num_layers, num_experts, replicas)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,8 @@ class Answer:
     """All that came for one request, over as many calls as it took.
 
     `error` is the status that ended it, if one did; `breaks` are those after which its client came
-    back. `legs` are the gateways that the last call was at, in order.
+    back. `legs` are the gateways that the last call was at, in order, each with the
+    tokens that were known when it came there.
     """
 
     ask: Ask
@@ -44,7 +46,7 @@ class Answer:
     finishes: dict[int, str] = field(default_factory=dict)
     error: str = ""
     breaks: list[str] = field(default_factory=list)
-    legs: list[str] = field(default_factory=list)
+    legs: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -54,6 +56,10 @@ class Answer:
     def token_ids(self, sequence: int) -> list[int]:
         """Return the tokens of a sequence, in order of arrival."""
         return [t for arrival in self.arrivals.get(sequence, ()) for t in arrival.token_ids]
+
+    def left_at(self, gateway: str) -> int | None:
+        """Return how many tokens were known when it went on elsewhere; None if it did not."""
+        return {here: num for (here, _), (_, num) in pairwise(self.legs)}.get(gateway)
 
     def num_tokens_at(self, time_s: float) -> int:
         """Return how many tokens of the first sequence were there by then."""

@@ -78,10 +78,10 @@ def note(answer: Answer, response: pb.GenerateResponse, at_s: float) -> None:
         answer.finishes[sequence] = reason.rpartition("_")[2]
 
 
-def legs_of(trailing_metadata: Any) -> list[str]:  # noqa: ANN401 - as gRPC has it
-    """Return the names of the gateways that had a call, in order."""
+def legs_of(trailing_metadata: Any) -> list[tuple[str, int]]:  # noqa: ANN401 - as gRPC has it
+    """Return which gateways had a call, and how many tokens were known when each took it."""
     route = dict(trailing_metadata or ()).get(ROUTE_KEY, "")
-    return [leg.partition("@")[0] for leg in route.split()]
+    return [(leg.partition("@")[0], int(leg.partition("@")[2])) for leg in route.split()]
 
 
 def _is_break(error: grpc.aio.AioRpcError) -> bool:

@@ -24,6 +24,7 @@ from workers.types import FinishReason, SnapshotPlace, TokenEvent
 
 ROUTE_KEY = "expertmesh-route"  # of a call's trailing metadata; see `Flight.route`
 
+_MOST_LEGS = 32  # that are told: metadata has its bounds
 _PLACES = 4  # remembered of each sequence; a holder keeps two
 
 
@@ -69,11 +70,13 @@ class Flight:
 
     @property
     def route(self) -> str:
-        """The gateways that it was handed to, each @ the tokens that were known: `a.1@0 b.2@57`.
+        """The gateways that took it, each @ the tokens that were known by then: `a.1@0 b.2@57`.
 
         Of several running sequences those of the one that had the fewest.
         """
-        return " ".join(f"{gateway}@{num_tokens}" for gateway, num_tokens in self._legs)
+        return " ".join(
+            f"{gateway}@{num_tokens}" for gateway, num_tokens in self._legs[-_MOST_LEGS:]
+        )
 
     async def events(self) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events until all its sequences have ended.
@@ -230,6 +233,7 @@ class Flight:
         assert self._session is not None
         gateway = self._session.member.id
         self._session = None
+        self._legs.pop()
         if isinstance(error, StaleAssignmentError):
             self._tenure.doubted(error.held)
             return

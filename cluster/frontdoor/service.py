@@ -84,7 +84,8 @@ async def guarded(
         await _abort(context, ExpertmeshError(f"internal error: {type(error).__name__}"))
     finally:
         parts.metrics.request_ended(method, code.name)
-        log = _log.debug if method in _POLLED else _log.info
+        is_routine = method in _POLLED and code is grpc.StatusCode.OK
+        log = _log.debug if is_routine else _log.info
         log("call ended", method=method, code=code.name)
 
 
@@ -284,7 +285,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                         await context.write(response)
                 context.set_trailing_metadata(((ROUTE_KEY, flight.route),))
             finally:
-                if self._flights[key] is flight:  # else a later call has taken it over
+                if self._flights.get(key) is flight:  # else a later call has taken it over
                     del self._flights[key]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import os
+import pickle
 import queue
 import sys
 import threading
@@ -36,6 +37,7 @@ from cluster.control.ports import (
 from cluster.runtime.names import METHODS_AT_ONCE, NAMESPACE, PRIORITY, actor_name, gang_name
 from cluster.runtime.nodes import draining_nodes
 from workers.clock import Clock
+from workers.placement import View
 
 _LOOK_AT_NODES_S = 1.0
 _ASK_AGAIN_S = 0.2
@@ -45,6 +47,17 @@ _GANG_CPU = 0.001  # a placement group's bundle must ask for something
 
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pickled:
+    """An argument that was pickled before."""
+
+    data: bytes
+
+    def value(self) -> object:
+        """Return it as it was."""
+        return pickle.loads(self.data)  # noqa: S301 - from the controller, as all that Ray brings
 
 
 class _Host:
@@ -59,7 +72,8 @@ class _Host:
     def call(self, term: int, method: str, *arguments: object) -> object:
         """Call a method of the body, for a controller that has not been superseded."""
         self._fence.admit(term)
-        return getattr(self._body, method)(*arguments)
+        plain = (a.value() if isinstance(a, _Pickled) else a for a in arguments)
+        return getattr(self._body, method)(*plain)
 
     def hold(self) -> None:
         """Return when the process ends, by which the caller learns of its death.
@@ -108,6 +122,7 @@ class RayRuntime:
         self._draining: set[ProcessId] = set()
         self._looked_s = clock.now_s()
         self._looking = threading.Lock()
+        self._newest: tuple[View, _Pickled] | None = None
 
     def spawn(self, spec: ProcessSpec) -> None:
         """Start an actor named after the process; its death comes as `Died`."""
@@ -147,7 +162,16 @@ class RayRuntime:
         """Call a method of an actor; nothing happens when the actor has died."""
         known = self._processes.get(process)
         if known is not None and known.alive:
-            self._watch(process, method, known.actor.call.remote(term, method, *arguments))
+            packed = map(self._pickled, arguments)
+            self._watch(process, method, known.actor.call.remote(term, method, *packed))
+
+    def _pickled(self, argument: object) -> object:
+        """Pickle a View once for all that get it: at scale it takes long."""
+        if not isinstance(argument, View):
+            return argument
+        if self._newest is None or self._newest[0] is not argument:
+            self._newest = argument, _Pickled(pickle.dumps(argument))
+        return self._newest[1]
 
     def poll(self) -> Sequence[RuntimeEvent]:
         """Return what has happened since the last poll."""

@@ -54,6 +54,7 @@ FIRST_TOKENS = 3  # that the leader gets before a new stream has its first one
 REACH_TOKENS = 8  # before and after the furthest target, among which the best moment is chosen
 MOST_KILLS = 250
 POLL_S = 0.5
+METRICS_S = 10.0
 
 
 def arguments() -> argparse.Namespace:
@@ -149,16 +150,16 @@ def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
 
 
 def indices_of(run: Run) -> list[int]:
-    """Return at how many tokens of 200 sequences lost their gateway."""
+    """Return at how many tokens of 200 sequences lost their gateway by a kill."""
     kills = [(d.window.start_s, d.members[0]) for d in run.done if d.window.kind == KILL]
-    return sorted(
-        {
-            answer.num_tokens_at(killed_s)
-            for answer in run.answers
-            for killed_s, victim in kills
-            if answer.ask.max_tokens == TOKENS and victim in answer.legs[:-1]
-        }
-    )
+    found = set()
+    for answer in run.answers:
+        for killed_s, victim in kills:
+            at = answer.num_tokens_at(killed_s)
+            is_alone = answer.ask.num_sequences == 1 and answer.ask.max_tokens == TOKENS
+            if is_alone and (answer.left_at(victim) or -1) >= at:
+                found.add(at)
+    return sorted(found)
 
 
 class Stream:
@@ -166,16 +167,23 @@ class Stream:
 
     def __init__(self, ask: Ask) -> None:
         self.answer = Answer(replace(ask, max_tokens=TOKENS, num_sequences=1), time.perf_counter())
+        self.has_ended = False
         self.at = 0  # how many tokens it had when a gateway was killed
         self._killed_s = 0.0
 
     async def follow(self, stub: Any, request_id: str, progress: asyncio.Event) -> None:
-        """Read all of it; `progress` is set with every message."""
+        """Read all of it; `progress` is set with every message, and at the end."""
         call = stub.Generate(message_of(self.answer, request_id), timeout=300)
-        async for response in call:
-            note(self.answer, response, time.perf_counter())
+        try:
+            async for response in call:
+                note(self.answer, response, time.perf_counter())
+                progress.set()
+            self.answer.legs = legs_of(await call.trailing_metadata())
+        except grpc.aio.AioRpcError as error:
+            self.answer.error = f"{error.code().name}: {error.details()}"
+        finally:
+            self.has_ended = True
             progress.set()
-        self.answer.legs = legs_of(await call.trailing_metadata())
 
     @property
     def num_tokens(self) -> int:
@@ -208,7 +216,7 @@ class Cohort:
         self._progress = asyncio.Event()
         self.streams = [Stream(next(asks)) for _ in targets]
 
-    async def run(self, choose: Callable[[], Awaitable[int]]) -> None:
+    async def run(self, choose: Callable[[], Awaitable[int | None]]) -> None:
         """Run all of them; the process that `choose` returns is killed when they are there."""
         leader, furthest = self.streams[0], self._targets[0]
         async with asyncio.TaskGroup() as group:
@@ -221,7 +229,8 @@ class Cohort:
             await self._until(leader, leader.num_tokens + self._best_wait())
             for stream in self.streams:
                 stream.killed()
-            os.kill(process, signal.SIGKILL)
+            if process is not None:
+                os.kill(process, signal.SIGKILL)
 
     def _best_wait(self) -> int:
         """Return in how many tokens most of the streams are where one is missing."""
@@ -233,7 +242,7 @@ class Cohort:
         return sum(at + num_tokens in self._missing for at in now)
 
     async def _until(self, leader: Stream, num_tokens: int) -> None:
-        while leader.num_tokens < num_tokens:
+        while leader.num_tokens < num_tokens and not leader.has_ended:
             self._progress.clear()
             await self._progress.wait()
 
@@ -255,23 +264,29 @@ async def one_kill(
     cohort = Cohort(stub, missing, asks)
     victims = []
 
-    async def choose() -> int:
-        victims.append(draw.choice([m for m in members if await is_busy(m)]))
+    async def choose() -> int | None:
+        busy = [m for m in members if await is_busy(m)]
+        if not busy:  # all have ended meanwhile
+            return None
+        victims.append(draw.choice(busy))
         return draw.choice(pids_of(victims[0]))
 
     await cohort.run(choose)
+    if not victims:
+        return Kill("", [], cohort.streams)
     victim = f"{victims[0].name}.{victims[0].incarnation}"
     await saboteur.whole(without=(victim,))
-    hit = [stream for stream in cohort.streams if victim in stream.answer.legs[:-1]]
+    hit = [s for s in cohort.streams if (s.answer.left_at(victim) or -1) >= s.at]
     return Kill(victim, hit, cohort.streams)
 
 
 async def is_busy(member: pb.Member) -> bool:
     """Whether a gateway has a sequence, by its own word on its metrics page."""
-    reader, writer = await asyncio.open_connection(*member.metrics.split(":"))
-    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-    page = (await reader.read()).decode()
-    writer.close()
+    async with asyncio.timeout(METRICS_S):
+        reader, writer = await asyncio.open_connection(*member.metrics.split(":"))
+        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        page = (await reader.read()).decode()
+        writer.close()
     return any(
         line.startswith("expertmesh_gateway_running_sequences{") and not line.endswith(" 0.0")
         for line in page.splitlines()

@@ -13,7 +13,16 @@ from cluster.control.ports import Died, ProcessId, ProcessSpec, Raised, Returned
 from tests.cluster.harness_head import ray_head
 from tests.fake_runtime import FakeRuntime
 from workers.clock import SystemClock
-from workers.placement import MemberId, Role
+from workers.placement import (
+    ExpertId,
+    Member,
+    MemberId,
+    MemberState,
+    Placement,
+    Replica,
+    Role,
+    View,
+)
 
 ONE = ProcessId(MemberId("one", 1))
 TWO = ProcessId(MemberId("two", 1))
@@ -194,3 +203,26 @@ def test_a_controller_that_names_no_node_runs_where_it_was_started_from() -> Non
         )
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert ended.stdout.split() == ["True"] * 8
+
+
+@pytest.mark.ray
+def test_a_view_reaches_a_process_as_it_was(ray_cluster) -> None:
+    from cluster.runtime.actors import RayRuntime
+
+    worker = MemberId("w", 7)
+    replicas = {
+        ExpertId(layer, expert): tuple(Replica(worker, slot) for slot in range(layer + expert))
+        for layer in range(2)
+        for expert in range(3)
+    }
+    member = Member(id=worker, role=Role.EXPERT_WORKER, state=MemberState.ACTIVE)
+    view = View(3, 4, (member,), Placement("v", 2, 3, replicas))
+    runtime = RayRuntime(SystemClock())
+    for process in (ONE, TWO):
+        runtime.spawn(spec(process))
+        runtime.call(process, 1, "echo", view)
+
+    events = events_until(runtime, 2)
+    for process in (ONE, TWO):
+        runtime.kill(process)
+    assert [event.value for event in events] == [view, view]

@@ -69,13 +69,19 @@ def test_an_answer_knows_how_far_it_was() -> None:
 @pytest.mark.parametrize(
     ("metadata", "legs"),
     [
-        ((("expertmesh-route", "a.1@0 b.2@57"),), ["a.1", "b.2"]),
+        ((("expertmesh-route", "a.1@0 b.2@57"),), [("a.1", 0), ("b.2", 57)]),
         ((("other", "x"),), []),  # of a front door that does not tell
         (None, []),
     ],
 )
 def test_a_call_tells_which_gateways_had_it(metadata, legs) -> None:
     assert legs_of(metadata) == legs
+
+
+def test_an_answer_knows_where_it_left_a_gateway() -> None:
+    moved = answer()
+    moved.legs = [("a.1", 0), ("b.2", 57), ("c.1", 60)]
+    assert [moved.left_at(name) for name in ("a.1", "b.2", "c.1", "d.1")] == [57, 60, None, None]
 
 
 def test_a_sequence_that_did_not_run_then_has_no_stall() -> None:

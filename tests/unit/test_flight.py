@@ -10,6 +10,7 @@ from cluster.frontdoor.options import FrontDoorOptions
 from cluster.ownership.directory import GRANT
 from tests.fakes import LoneOwnership
 from tests.unit.harness_gateway import make_request
+from workers.errors import DrainingError
 from workers.placement import MemberId
 from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
 
@@ -160,3 +161,16 @@ async def test_a_moved_request_goes_on_at_its_holder_and_not_where_it_was() -> N
     tokens = [(e.sequence_index, *e.token_ids) for e in events]
     assert tokens == [(0, 5), (1, 6), (0, 8, 9), (1, 4, 4)]
     assert all(e.finish is not FinishReason.MOVED for e in events)
+
+
+async def test_a_gateway_that_refuses_is_no_leg_of_the_route() -> None:
+    pool = FakePool("a", "b")
+    flight = take_off(make_request(max_tokens=1), pool)
+    task = await fly(
+        flight,
+        lambda: flight.refused(DrainingError("it leaves")),
+        lambda: flight.deliver(event(0, (5,), 2, finish=FinishReason.LENGTH)),
+    )
+    await task
+
+    assert flight.route == "b.1@0"

@@ -1,5 +1,6 @@
 """From what a rank copied aside to shards on their way: packed and handed on, off the step."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from workers.gateway.capture import Captured
 from workers.gateway.snapshot import Ended, Holder, Shard
 from workers.model.shards import pack
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,15 @@ class Outbox:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            if isinstance(item, Captured):
-                data = pack(item.shard, rank=self._rank, size=self._size, start=item.start)
-                shard = Shard(stamp=item.stamp, owner=self._owner, data=data)
-                self._keeping.push(shard, item.holder)
-            else:
-                self._keeping.release(*item)
+            try:
+                self._hand_on(item)
+            except Exception:  # noqa: BLE001 - what comes next must not wait for ever
+                _log.exception("a snapshot was not packed")
+
+    def _hand_on(self, item: Captured | tuple[Ended, Holder]) -> None:
+        if isinstance(item, Captured):
+            data = pack(item.shard, rank=self._rank, size=self._size, start=item.start)
+            shard = Shard(stamp=item.stamp, owner=self._owner, data=data)
+            self._keeping.push(shard, item.holder)
+        else:
+            self._keeping.release(*item)
