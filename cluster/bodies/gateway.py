@@ -55,7 +55,7 @@ class GatewayBody(Process):
                 model_dir=model_dir,
                 options=_options(config),
             ),
-            keeping=Keeping(self._sender.push, self._sender.release),
+            keeping=Keeping(self._sender.push, self._sender.release, self._failed),
         )
         self._endpoint: GatewayEndpoint | None = None
         self._store = SnapshotStore(config.gateways.snapshot_store_bytes, SystemClock())
@@ -145,6 +145,9 @@ class GatewayBody(Process):
     def _connect(self, holder: Holder) -> Line:
         place = self._loop.run(self._client.place(holder), timeout_s=CONNECT_S)
         return Line.open(*place)
+
+    def _failed(self, stamp: Stamp, holder: Holder) -> None:
+        self._told(stamp, holder, Verdict.REFUSED)
 
     def _told(self, stamp: Stamp, holder: Holder, verdict: Verdict) -> None:
         """Hear what became of a part that was sent."""

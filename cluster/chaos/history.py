@@ -36,8 +36,8 @@ class Answer:
     """All that came for one request, over as many calls as it took.
 
     `error` is the status that ended it, if one did; `breaks` are those after which its client came
-    back. `legs` are the gateways that the last call was at, in order, each with the
-    tokens that were known when it came there.
+    back. `legs` are the gateways that had its last call, in order, each with the tokens that were
+    known when it took it.
     """
 
     ask: Ask

@@ -41,11 +41,18 @@ def test_a_sequences_end_goes_after_all_that_was_taken_of_it() -> None:
     assert sent == [64, 128, ENDED]
 
 
-def test_what_cannot_be_packed_does_not_end_the_thread() -> None:
+def test_what_cannot_be_packed_is_told_and_does_not_end_the_thread() -> None:
     sent: list[int] = []
-    outbox = Outbox("gateway-0.1", 0, 1, Keeping(lambda shard, _: sent.append(shard.data.position)))
-    outbox.take(Captured(captured(0, 1).stamp, HOLDER, 0, None))
+    failed: list[tuple[Stamp, Holder]] = []
+    keeping = Keeping(
+        lambda shard, _: sent.append(shard.data.position),
+        failed=lambda stamp, holder: failed.append((stamp, holder)),
+    )
+    broken = Captured(captured(0, 1).stamp, HOLDER, 0, None)
+    outbox = Outbox("gateway-0.1", 0, 1, keeping)
+    outbox.take(broken)
     outbox.take(captured(0, 64))
     outbox.close(30.0)
 
+    assert failed == [(broken.stamp, HOLDER)]
     assert sent == [64]

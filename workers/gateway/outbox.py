@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from workers.gateway.capture import Captured
-from workers.gateway.snapshot import Ended, Holder, Shard
+from workers.gateway.snapshot import Ended, Holder, Shard, Stamp
 from workers.model.shards import pack
 
 _log = logging.getLogger(__name__)
@@ -15,13 +15,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """How a rank reaches the gateway that keeps its snapshots; both calls return at once.
+    """How a rank reaches the gateway that keeps its snapshots; all calls return at once.
 
-    What came of a push is told to the worker.
+    What came of a push is told to the worker; `failed` is told of what could not be packed.
     """
 
     push: Callable[[Shard, Holder], None]
     release: Callable[[Ended, Holder], None] = lambda _ended, _holder: None
+    failed: Callable[[Stamp, Holder], None] = lambda _stamp, _holder: None
 
 
 class Outbox:
@@ -51,15 +52,17 @@ class Outbox:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            try:
-                self._hand_on(item)
-            except Exception:  # noqa: BLE001 - what comes next must not wait for ever
-                _log.exception("a snapshot was not packed")
+            if isinstance(item, Captured):
+                self._push(item)
+            else:
+                self._keeping.release(*item)
 
-    def _hand_on(self, item: Captured | tuple[Ended, Holder]) -> None:
-        if isinstance(item, Captured):
-            data = pack(item.shard, rank=self._rank, size=self._size, start=item.start)
-            shard = Shard(stamp=item.stamp, owner=self._owner, data=data)
-            self._keeping.push(shard, item.holder)
-        else:
-            self._keeping.release(*item)
+    def _push(self, captured: Captured) -> None:
+        try:
+            data = pack(captured.shard, rank=self._rank, size=self._size, start=captured.start)
+        except Exception:  # noqa: BLE001 - such as no memory; what comes next must not wait for ever
+            _log.exception("a snapshot of request %s was not packed", captured.stamp.request_id)
+            self._keeping.failed(captured.stamp, captured.holder)
+            return
+        shard = Shard(stamp=captured.stamp, owner=self._owner, data=data)
+        self._keeping.push(shard, captured.holder)
