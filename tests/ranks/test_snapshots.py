@@ -15,7 +15,7 @@ from tests.ranks.harness_gateway import (
 )
 from workers.clock import SystemClock
 from workers.gateway.outbox import Keeping
-from workers.gateway.snapshot import Holder, Shard, Snapshot, Verdict
+from workers.gateway.snapshot import Ended, Holder, Shard, Snapshot, Verdict
 from workers.gateway.snapshot_store import SnapshotStore
 from workers.gateway.worker import GatewaySpec, GatewayWorker
 from workers.types import FinishReason, Request
@@ -30,9 +30,10 @@ class KeepingBody:
     """A rank whose shards stay in its process until the parent takes them."""
 
     def __init__(self, spec: GatewaySpec) -> None:
-        self.worker = GatewayWorker(spec, keeping=Keeping(self._push))
+        self.worker = GatewayWorker(spec, keeping=Keeping(self._push, self._release))
         self.worker.keep_with(HOLDER, "w")
         self.shards: list[Shard] = []
+        self.ended: list[tuple[Ended, int]] = []  # and how many shards had gone before
 
     def call(self, method: str, *args):
         return getattr(self.worker, method)(*args)
@@ -44,6 +45,14 @@ class KeepingBody:
                 return list(self.shards)
             threading.Event().wait(0.01)
         raise TimeoutError([s.stamp.position for s in self.shards])
+
+    def take_ended(self) -> list[tuple[Ended, int]]:
+        """Return the words of ends, once there is one, with the number of shards before each."""
+        for _ in range(int(DEADLINE_S * 100)):
+            if self.ended:
+                return self.ended
+            threading.Event().wait(0.01)
+        raise TimeoutError
 
     def run(self, request: Request, snapshots: dict[int, Snapshot], until: int) -> tuple[int, ...]:
         """Run a request until so many tokens are out, those before included."""
@@ -61,6 +70,10 @@ class KeepingBody:
         assert done.wait(DEADLINE_S), (self.worker.failure, self.worker.stats())
         self.worker.abort(request.request_id)
         return tuple(tokens[:until])
+
+    def _release(self, ended: Ended, holder: Holder) -> None:
+        assert holder == HOLDER
+        self.ended.append((ended, len(self.shards)))
 
     def _push(self, shard: Shard, holder: Holder) -> None:
         self.shards.append(shard)
@@ -86,9 +99,13 @@ def test_another_gateway_goes_on_from_a_snapshot(writers, readers, prompt) -> No
     try:
         tokens = first.ranks[0]("run", request, {}, 30)
         known = len(request.prompt_token_ids) + len(tokens)
+        ends = first.all("take_ended")  # nothing of it comes after its end
         shards = [s for part in first.all("take_shards", known) for s in part]
         for shard in sorted(shards, key=lambda s: (s.stamp.position, s.data.rank)):
             store.put(shard)
+        ended = Ended(request.request_id, 0, request.assignment, has_ended=False)
+        counts = [sum(s.data.rank == rank for s in shards) for rank in range(writers)]
+        assert ends == [[(ended, count)] for count in counts]
         if bit_stable:
             undisturbed = first.ranks[0]("run", request, {}, 60)
     finally:

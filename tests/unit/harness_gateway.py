@@ -13,7 +13,6 @@ from workers.gateway.engine import EngineOptions, GatewayEngine
 from workers.gateway.lockstep import Leader, LoneVote, Take, drop
 from workers.gateway.prefix_cache import PrefixOptions
 from workers.gateway.scheduler import SchedulerOptions
-from workers.gateway.snapshot import Ended, Holder
 from workers.model.batch import Segment, StepBatch
 from workers.model.sampler import SamplerState, sample
 from workers.types import Output, Request, Sampling, Stopping, TokenEvent
@@ -161,7 +160,6 @@ def make_engine(
     bit_stable: bool = False,
     book: CaptureBook | None = None,
     take: Take = drop,
-    on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
     prefix: PrefixOptions | None = None,
 ) -> tuple[GatewayEngine, HistoryModel]:
     model = HistoryModel(block_tokens)
@@ -179,7 +177,7 @@ def make_engine(
         max_waiting=max_waiting,
     )
     leader = Leader(LoneGroup(), model.forward, model, LoneVote(), take)
-    return GatewayEngine(options, leader, FakeClock(), book=book, on_end=on_end), model
+    return GatewayEngine(options, leader, FakeClock(), book=book), model
 
 
 def make_request(

@@ -2,7 +2,7 @@
 
 import torch
 
-from workers.gateway.capture import Captured
+from workers.gateway.capture import Captured, Release
 from workers.gateway.outbox import Keeping, Outbox
 from workers.gateway.snapshot import Ended, Holder, Shard, Stamp
 from workers.model.shards import SequenceShard
@@ -35,7 +35,7 @@ def test_a_sequences_end_goes_after_all_that_was_taken_of_it() -> None:
     outbox = Outbox("gateway-0.1", 1, 2, Keeping(push, release))
     outbox.take(captured(0, 64))
     outbox.take(captured(64, 128))
-    outbox.release(ENDED, HOLDER)
+    outbox.take(Release(ENDED, HOLDER))
     outbox.close(30.0)
 
     assert sent == [64, 128, ENDED]

@@ -12,7 +12,7 @@ from tests.unit.harness_gateway import (
     make_request,
     run_to_end,
 )
-from workers.gateway.capture import CaptureBook, Captured, is_due
+from workers.gateway.capture import CaptureBook, Captured, Release, is_due
 from workers.gateway.prefix_cache import PrefixOptions
 from workers.gateway.sequence import Sequence
 from workers.gateway.snapshot import Holder, Snapshot, digest_of, snapshot_interval
@@ -32,10 +32,8 @@ class Site:
         self.waiting: list[Captured] = []
         self.rows: dict[tuple[str, int], list[int]] = {}
         self.whole: dict[tuple[str, int], list[Snapshot]] = {}
-        self.ended: list[tuple] = []
-        self.engine, self.model = make_engine(
-            book=self.book, take=self._take, on_end=lambda e, h: self.ended.append((e, h)), **sizes
-        )
+        self.taken: list[Captured | Release] = []
+        self.engine, self.model = make_engine(book=self.book, take=self._take, **sizes)
         self.transcript = Transcript()
 
     def step(self) -> None:
@@ -60,8 +58,15 @@ class Site:
         found = self.whole.get((request.request_id, 0), [])
         return next((s for s in reversed(found) if s.stamp.position < num_tokens), None)
 
-    def _take(self, captured: Captured) -> None:
-        self._store(captured) if self.arrive else self.waiting.append(captured)
+    def released(self) -> list[Release]:
+        """Return what the ranks were told of ends, by the next step at the latest."""
+        self.run(make_request("next", max_tokens=1), 1)
+        return [item for item in self.taken if isinstance(item, Release)]
+
+    def _take(self, item: Captured | Release) -> None:
+        self.taken.append(item)
+        if isinstance(item, Captured):
+            self._store(item) if self.arrive else self.waiting.append(item)
 
     def _store(self, captured: Captured) -> None:
         stamp, (state, rows) = captured.stamp, captured.shard
@@ -285,10 +290,20 @@ def test_the_holder_hears_of_the_end_and_whether_it_may_go_on() -> None:
     site.engine.abort("cut")
     run_to_end(site.engine, site.transcript)
 
-    assert [(e.request_id, e.has_ended, h) for e, h in site.ended] == [
-        ("cut", False, HOLDER),
-        ("long", True, HOLDER),
-    ]
+    found = [(r.ended.request_id, r.ended.has_ended, r.holder) for r in site.released()]
+    assert found == [("cut", False, HOLDER), ("long", True, HOLDER)]
+
+
+def test_the_word_of_an_end_goes_after_a_capture_that_still_waits_for_its_step() -> None:
+    site = Site(4)
+    site.run(make_request(max_tokens=20), 6)  # 8 are computed: twice the interval
+    num_taken = len(site.taken)
+    site.engine.abort("r")
+    site.step()
+    site.released()
+
+    kinds = [type(item) for item in site.taken[num_taken:]]
+    assert kinds == [Captured, Release]
 
 
 def test_a_leaving_gateway_moves_what_is_held_elsewhere() -> None:
@@ -309,7 +324,6 @@ def test_a_leaving_gateway_moves_what_is_held_elsewhere() -> None:
     site.deliver()
     site.step()
     assert not site.engine.has_work
-    assert site.ended == []  # the holder keeps them
     assert site.engine.stats().moved == 6
     for request in requests[:4]:
         assert site.transcript.last[request.request_id, 0].finish is FinishReason.MOVED
@@ -317,6 +331,7 @@ def test_a_leaving_gateway_moves_what_is_held_elsewhere() -> None:
         after = resume(request, tokens, site.newest(request, 3 + len(tokens)))
         assert after.tokens(request)[len(tokens) :] == expected_tokens(request)[len(tokens) :]
         assert after.engine.stats().replayed_tokens <= 8
+    assert site.released() == []  # the holder keeps them
 
 
 def test_sequences_of_one_request_move_together() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.gateway.sequence import Sequence
-from workers.gateway.snapshot import Holder, Stamp, digest_of
+from workers.gateway.snapshot import Ended, Holder, Stamp, digest_of
 from workers.model.packed import PackedShard
 
 
@@ -37,6 +37,18 @@ class Capture:
         """Copy; the rank hands the result on."""
         shard = cache.copy_aside(self.state_block, self.kv_blocks, self.start, self.stamp.position)
         return Captured(self.stamp, self.holder, self.start, shard)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Has every rank tell the holder that a sequence has left, after all that it captured of it."""
+
+    ended: Ended
+    holder: Holder
+
+    def apply(self, _cache: object) -> "Release":
+        """Do nothing to the cache; the rank hands the word on."""
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ do all sequences of a request whose rows end expert workers, which the dispatche
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from workers.gateway.capture import CaptureBook
 from workers.gateway.lockstep import Leader
 from workers.gateway.scheduler import Scheduler, SchedulerOptions, Work
 from workers.gateway.sequence import Phase, Sequence
-from workers.gateway.snapshot import Ended, Holder, Snapshot
+from workers.gateway.snapshot import Snapshot
 from workers.gateway.survival import Survival
 from workers.model.batch import StepBatch
 from workers.model.sampler import Choice, SamplerState, sample, score
@@ -85,14 +85,13 @@ class GatewayEngine:
         clock: Clock,
         *,
         book: CaptureBook | None = None,
-        on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
     ) -> None:
         self._options = options
         self._leader = leader
         self._clock = clock
         self._lock = threading.Lock()  # over all below; never held during a forward
         self._book = book or CaptureBook(0)
-        self._survival = Survival(self._book, leader.enqueue, on_end)
+        self._survival = Survival(self._book, leader.enqueue)
         self._scheduler = Scheduler(options.scheduler, self._survival, leader.enqueue)
         self._requests: dict[str, list[Sequence]] = {}  # with unfinished sequences
         self._samplers: dict[Sequence, SamplerState] = {}

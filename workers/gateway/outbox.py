@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workers.gateway.capture import Captured
+from workers.gateway.capture import Captured, Release
 from workers.gateway.snapshot import Ended, Holder, Shard, Stamp
 from workers.model.shards import pack
 
@@ -33,17 +33,13 @@ class Outbox:
         self._rank = rank
         self._size = size
         self._keeping = keeping
-        self._queue: queue.SimpleQueue[Captured | tuple[Ended, Holder] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Captured | Release | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
-    def take(self, captured: Captured) -> None:
-        """Take what was copied aside; returns at once."""
-        self._queue.put(captured)
-
-    def release(self, ended: Ended, holder: Holder) -> None:
-        """Say that a sequence has left, after all that was taken of it; returns at once."""
-        self._queue.put((ended, holder))
+    def take(self, item: Captured | Release) -> None:
+        """Take what was copied aside, or the word that a sequence has left; returns at once."""
+        self._queue.put(item)
 
     def close(self, timeout_s: float) -> None:
         """Hand on what is there, then end."""
@@ -55,7 +51,7 @@ class Outbox:
             if isinstance(item, Captured):
                 self._push(item)
             else:
-                self._keeping.release(*item)
+                self._keeping.release(item.ended, item.holder)
 
     def _push(self, captured: Captured) -> None:
         try:

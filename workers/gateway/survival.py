@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
-from workers.gateway.capture import CaptureBook, Restore
+from workers.gateway.capture import CaptureBook, Release, Restore
 from workers.gateway.lockstep import CacheOperation
 from workers.gateway.sequence import Sequence
-from workers.gateway.snapshot import Ended, Holder, Snapshot
+from workers.gateway.snapshot import Ended, Snapshot
 from workers.types import FinishReason
 
 
@@ -15,19 +15,11 @@ class Survival:
     Args:
         book: Says what is to be captured.
         enqueue: Has all ranks do something to their caches between two steps.
-        on_end: Told of each sequence that leaves and of which the holder may have something; must
-            return at once.
     """
 
-    def __init__(
-        self,
-        book: CaptureBook,
-        enqueue: Callable[[CacheOperation], None],
-        on_end: Callable[[Ended, Holder], None] = lambda _ended, _holder: None,
-    ) -> None:
+    def __init__(self, book: CaptureBook, enqueue: Callable[[CacheOperation], None]) -> None:
         self._book = book
         self._enqueue = enqueue
-        self._on_end = on_end
         self._snapshots: dict[Sequence, Snapshot] = {}  # of sequences that wait
         self._resumed: set[Sequence] = set()  # and were not admitted yet
         self.is_leaving = False
@@ -92,9 +84,8 @@ class Survival:
         if self._book.forget(sequence) and holder is not None and reason is not FinishReason.MOVED:
             request = sequence.request
             has_ended = reason is not FinishReason.CANCELLED
-            self._on_end(
-                Ended(request.request_id, sequence.index, request.assignment, has_ended), holder
-            )
+            ended = Ended(request.request_id, sequence.index, request.assignment, has_ended)
+            self._enqueue(Release(ended, holder))
 
     def leave(self) -> None:
         """Capture everything once more: what is then held elsewhere goes on there."""

@@ -332,12 +332,7 @@ class GatewayWorker:
         }
 
     def _make_engine(self, leader: Leader) -> GatewayEngine:
-        options = self._engine_options()
-        if self._outbox is None:
-            return GatewayEngine(options, leader, self._clock)
-        return GatewayEngine(
-            options, leader, self._clock, book=self._book, on_end=self._outbox.release
-        )
+        return GatewayEngine(self._engine_options(), leader, self._clock, book=self._book)
 
     def _engine_options(self) -> EngineOptions:
         return EngineOptions(
