@@ -11,6 +11,7 @@ streams, each behind the one before it, meet one kill. They are replayed as well
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from typing import Any
 
 import grpc
 import orjson
+import psutil
 from rich.console import Console
 
 from cluster.chaos.doors import Doors
@@ -55,6 +57,7 @@ REACH_TOKENS = 8  # before and after the furthest target, among which the best m
 MOST_KILLS = 250
 POLL_S = 0.5
 METRICS_S = 10.0
+LEFT_S = 30.0  # in which the other ranks of a killed gateway end
 
 
 def arguments() -> argparse.Namespace:
@@ -103,11 +106,37 @@ def serving(status: pb.ClusterStatus) -> list[pb.Member]:
 
 def pids_of(member: pb.Member) -> list[int]:
     """Return the processes of a gateway, one for each rank where the View tells them."""
-    return list(getattr(member, "pids", ())) or [member.pid]
+    return list(member.pids) or [member.pid]
 
 
-async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, census: Census) -> None:
-    """Kill and drain gateways in a random order."""
+def processes_of(member: pb.Member) -> list[psutil.Process]:
+    """Return the processes of a gateway that are there."""
+    found = []
+    for pid in pids_of(member):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found
+
+
+def is_left(process: psutil.Process) -> bool:
+    """Whether it still runs; a process that came later under its number is another one."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+async def num_left(processes: list[psutil.Process]) -> int:
+    """Return how many of the processes that should have ended still run after a while."""
+    for _ in range(int(LEFT_S / POLL_S)):
+        if not any(is_left(process) for process in processes):
+            break
+        await asyncio.sleep(POLL_S)
+    return sum(is_left(process) for process in processes)
+
+
+async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, census: Census) -> int:
+    """Kill and drain gateways in a random order; return how many of their processes are left."""
+    ended = []
     draw = random.Random(options.seed)
     kinds = [KILL] * options.kills + ["drain gateway"] * options.drains
     draw.shuffle(kinds)
@@ -116,6 +145,7 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
         await asyncio.sleep(draw.uniform(0.5, 3.0))
         victim = draw.choice(serving(await saboteur.whole()))
         name = f"{victim.name}.{victim.incarnation}"
+        ended += processes_of(victim)
         async with saboteur.fault(kind, (name,)):
             if kind == KILL:
                 os.kill(draw.choice(pids_of(victim)), signal.SIGKILL)
@@ -129,11 +159,13 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
                 await saboteur.whole(without=(name,))
     following.cancel()
     census.note(await saboteur.status())
+    return await num_left(ended)
 
 
 def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
     chaos = ChaosOptions(counts={}, seed=options.seed)
     census = Census()
+    left = 0
 
     def progress(done: Done) -> None:
         print(
@@ -141,12 +173,16 @@ def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
         )
 
     async def script(saboteur: Saboteur) -> None:
+        nonlocal left
         async with grpc.aio.insecure_channel(endpoint) as channel:
-            await harm(saboteur, options, ClusterServiceStub(channel), census)
+            left = await harm(saboteur, options, ClusterServiceStub(channel), census)
 
     run = asyncio.run(run_script(endpoint, chaos, script, clock=SystemClock(), progress=progress))
     report = report_of(run, chaos, demo_model_path(), bit_stable=options.bit_stable)
-    return report | {"gateways": census.total(), "indices": indices_of(run)}
+    report["passed"] = report["passed"] and not left
+    return report | {
+        "gateways": census.total(), "indices": indices_of(run), "processes_left": left,
+    }  # fmt: skip
 
 
 def indices_of(run: Run) -> list[int]:
@@ -249,9 +285,10 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Kill:
-    """A gateway that was killed, its streams, and all streams of that cohort."""
+    """A gateway that was killed, its processes and streams, and all streams of that cohort."""
 
     gateway: str
+    processes: list[psutil.Process]
     hit: list[Stream]
     streams: list[Stream]
 
@@ -262,22 +299,24 @@ async def one_kill(
     """Kill a gateway when its streams are at tokens at which none has been killed yet."""
     members = serving(await saboteur.whole())
     cohort = Cohort(stub, missing, asks)
-    victims = []
+    victims: list[pb.Member] = []
+    processes: list[psutil.Process] = []
 
     async def choose() -> int | None:
         busy = [m for m in members if await is_busy(m)]
         if not busy:  # all have ended meanwhile
             return None
         victims.append(draw.choice(busy))
+        processes.extend(processes_of(victims[0]))
         return draw.choice(pids_of(victims[0]))
 
     await cohort.run(choose)
     if not victims:
-        return Kill("", [], cohort.streams)
+        return Kill("", [], [], cohort.streams)
     victim = f"{victims[0].name}.{victims[0].incarnation}"
     await saboteur.whole(without=(victim,))
     hit = [s for s in cohort.streams if (s.answer.left_at(victim) or -1) >= s.at]
-    return Kill(victim, hit, cohort.streams)
+    return Kill(victim, processes, hit, cohort.streams)
 
 
 async def is_busy(member: pb.Member) -> bool:
@@ -299,8 +338,8 @@ def wanted_indices(options: argparse.Namespace) -> set[int]:
     return set(range(1, TOKENS, options.every)).difference(before)
 
 
-async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> list[Kill]:
-    """Kill until there was a stream at every token; returns what was done."""
+async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> tuple[list[Kill], int]:
+    """Kill until there was a stream at every token; returns what was done, and what is left."""
     draw = random.Random(options.seed)
     doors = Doors(endpoint, seed=options.seed)
     kills: list[Kill] = []
@@ -315,10 +354,11 @@ async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> list[Ki
             hit = {stream.at: round(stream.stall_s, 3) for stream in kills[-1].hit}
             missing -= set(hit)
             print(f"{kills[-1].gateway}, stalls in s: {hit}; {len(missing)} left", flush=True)
-    return kills
+        left = await num_left([process for kill in kills for process in kill.processes])
+    return kills, left
 
 
-def report_of_indices(kills: list[Kill], options: argparse.Namespace) -> dict[str, Any]:
+def report_of_indices(kills: list[Kill], left: int, options: argparse.Namespace) -> dict[str, Any]:
     """Judge the streams: every token once and right, and one at every index at a kill."""
     answers = [stream.answer for kill in kills for stream in kill.streams]
     problems = problems_of(answers)
@@ -338,7 +378,8 @@ def report_of_indices(kills: list[Kill], options: argparse.Namespace) -> dict[st
         "wrong": wrong,
         "explained": sum(m.is_explained for verdict in verdicts for m in verdict.mismatches),
         "stall_ms": {f"p{p}": 1000 * percentile(stalls_s, p) for p in (50, 90, 99, 100)},
-        "passed": not missing and not wrong and not problems.count and bool(verdicts),
+        "processes_left": left,
+        "passed": not (missing or wrong or problems.count or left) and bool(verdicts),
     }
 
 
@@ -357,8 +398,8 @@ def main() -> None:
         if options.what == "load":
             report = run_load(options, cluster.endpoint)
         else:
-            kills = asyncio.run(kill_at_indices(options, cluster.endpoint))
-            report = report_of_indices(kills, options)
+            kills, left = asyncio.run(kill_at_indices(options, cluster.endpoint))
+            report = report_of_indices(kills, left, options)
     report |= {"options": {k: str(v) for k, v in vars(options).items()}}
     if options.what == "load":
         Console(highlight=False, width=120).print(table_of(report))

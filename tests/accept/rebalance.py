@@ -5,7 +5,7 @@
 A real cluster places its experts anew every few seconds, each time for another imagined load, so
 that replicas move without end. Every sequence is replayed through the experts in one process. The
 gaps between the messages of a sequence are set beside those of the same load on a cluster whose
-experts stay where they are.
+experts stay where they are, for as long: the longest of more gaps is longer.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, every_s: float, length_s: float) -> tuple[R
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--static-minutes", type=float, default=3)
+    parser.add_argument("--static-minutes", type=float, help="as long as the other by default")
     parser.add_argument("--every-s", type=float, default=3)
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--workers", type=int, default=4)
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
 
     chaos = ChaosOptions(counts={}, concurrency=options.concurrency, seed=options.seed)
-    static, _ = run(options, 0, 60 * options.static_minutes)
+    static, _ = run(options, 0, 60 * (options.static_minutes or options.minutes))
     moving, moved = run(options, options.every_s, 60 * options.minutes)
     judged = report_of(moving, chaos, demo_model_path())
     normal, seen = summary_ms(gaps_s(static.answers)), summary_ms(gaps_s(moving.answers))
