@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -37,6 +39,7 @@ from workers.errors import ConfigError
 from workers.placement import Member, MemberId, MemberState, Placement, Role
 
 _TICK_S = 0.05
+_JOURNAL_RETRY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +231,52 @@ def actuator_of(config: ClusterConfig) -> Actuator:
     return actuator
 
 
+def _controller_of(charge: Charge, actuator: Actuator) -> Controller:
+    """Return a controller that goes on where the journal ends; OSError where that is away."""
+    config, model = charge.config, charge.model
+    control, clock = config.control, SystemClock()
+    journal = DirectoryJournal(Path(charge.journal))
+    resume = charge.resume or was_restarted()
+    record = journal.latest() if resume else None
+    running = record.view.with_role(Role.EXPERT_WORKER) if record else ()
+    num_slots = max((worker.num_slots for worker in running), default=0)
+    desired = desired_of(config, model, build=charge.build, num_slots=num_slots)
+    return Controller(
+        desired,
+        Placement(model.weights_version, model.num_layers, model.num_experts),
+        blueprints_of(config, model, desired.num_slots, charge.host),
+        runtime=RayRuntime(clock),
+        journal=journal,
+        clock=clock,
+        options=ControllerOptions(
+            pulse_s=control.pulse_s,
+            silence_s=control.silence_s,
+            lost_s=control.lost_s,
+            restore_s=control.restore_s,
+            allow_chaos=control.allow_chaos,
+            rebalance=RebalanceOptions(
+                period_s=control.rebalance_s,
+                min_gain=control.rebalance_gain,
+                max_moves=control.rebalance_moves,
+                always=control.rebalance_always,
+            ),
+            scaling=scaling_of(config),
+        ),
+        actuator=actuator,
+        resume=resume,
+    )
+
+
+def _once_there_is_a_journal(begin: Callable[[], Controller]) -> Controller:
+    """Try again until the journal can be used; members go on to serve meanwhile."""
+    while True:
+        try:
+            return begin()
+        except OSError:
+            structlog.get_logger("controller").exception("the journal cannot be used")
+            time.sleep(_JOURNAL_RETRY_S)
+
+
 class ControllerBody:
     """The controller's process: ticks, and answers the command line and the front doors.
 
@@ -235,41 +284,14 @@ class ControllerBody:
     """
 
     def __init__(self, charge: Charge) -> None:
-        config, model = charge.config, charge.model
-        configure_logging(Role.CONTROLLER.value, CONTROLLER_NAME, config.telemetry.log_level)
-        control, clock = config.control, SystemClock()
-        journal = DirectoryJournal(Path(charge.journal))
-        resume = charge.resume or was_restarted()
-        record = journal.latest() if resume else None
-        running = record.view.with_role(Role.EXPERT_WORKER) if record else ()
-        num_slots = max((worker.num_slots for worker in running), default=0)
-        desired = desired_of(config, model, build=charge.build, num_slots=num_slots)
+        level = charge.config.telemetry.log_level
+        configure_logging(Role.CONTROLLER.value, CONTROLLER_NAME, level)
         self._charge = charge
         self._lock = threading.Lock()
-        self._controller = Controller(
-            desired,
-            Placement(model.weights_version, model.num_layers, model.num_experts),
-            blueprints_of(config, model, desired.num_slots, charge.host),
-            runtime=RayRuntime(clock),
-            journal=journal,
-            clock=clock,
-            options=ControllerOptions(
-                pulse_s=control.pulse_s,
-                silence_s=control.silence_s,
-                lost_s=control.lost_s,
-                restore_s=control.restore_s,
-                allow_chaos=control.allow_chaos,
-                rebalance=RebalanceOptions(
-                    period_s=control.rebalance_s,
-                    min_gain=control.rebalance_gain,
-                    max_moves=control.rebalance_moves,
-                    always=control.rebalance_always,
-                ),
-                scaling=scaling_of(config),
-            ),
-            actuator=actuator_of(config),
-            resume=resume,
-        )
+        actuator = actuator_of(charge.config)
+        begin = partial(_controller_of, charge, actuator)
+        # Ray starts no actor again whose constructor has raised: what was restarted has to wait.
+        self._controller = _once_there_is_a_journal(begin) if was_restarted() else begin()
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="controller", daemon=True).start()
 

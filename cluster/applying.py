@@ -155,8 +155,9 @@ def _take_over(
     changed = replace(running, resume=wanted.resume) != wanted
     if running.model != replace(wanted.model, name=running.model.name) or found.never:
         raise RefusedError(
-            "a running cluster cannot take this on, since answers that are under way would change "
-            f"or links would break: {'; '.join(found.never) or 'the checkpoint is another one'}. "
+            "a running cluster cannot take this on, since answers that are under way would change, "
+            "links would break or members be forgotten: "
+            f"{'; '.join(found.never) or 'the checkpoint is another one'}. "
             "Start another cluster, or `expertmesh down` this one first"
         )
     if not changed:

@@ -27,6 +27,7 @@ class FakeRuntime:
         self.adopted: dict[ProcessId, tuple[int, int]] = {}
         self.calls: list[tuple[ProcessId, str, tuple[object, ...]]] = []
         self.killed: list[ProcessId] = []
+        self.nodes: dict[ProcessId, str] = {}  # of the processes that were taken over
         self.mute: set[tuple[ProcessId, str]] = set()
         self.answers: dict[str, Callable[[ProcessId], object]] = {
             "open": lambda p: Opened(pid=1000 + p.rank, node="node", store=f"h:{p.rank}"),
@@ -38,7 +39,8 @@ class FakeRuntime:
     def spawn(self, spec: ProcessSpec) -> None:
         self.specs[spec.id] = spec
 
-    def adopt(self, process: ProcessId) -> None:
+    def adopt(self, process: ProcessId, node: str) -> None:
+        self.nodes[process] = node
         if process not in self.specs:
             self._events.append(Died(process, "not there"))
 
@@ -110,6 +112,7 @@ class MemoryJournal:
         self._shared = shared._shared if shared else self
         self.term = self.highest = 0
         self.records: list[Record] = []
+        self.trouble: OSError | None = None  # what any use of it raises
 
     @property
     def views(self) -> list[View]:
@@ -120,6 +123,8 @@ class MemoryJournal:
         return self.term
 
     def is_leading(self) -> bool:
+        if self.trouble is not None:
+            raise self.trouble
         return self._shared.highest <= self.term
 
     def append(self, record: Record) -> None:

@@ -54,8 +54,9 @@ class Member:
 
     `endpoint` is where its gRPC server listens (front doors, gateways). `stores` holds, for a
     gateway, one HOST:PORT per rank: the TCPStore over which that rank's links are opened; `pids`
-    one process per rank. `metrics` is the HOST:PORT of its Prometheus page. `settings` names what
-    it was started with. A gateway calls the expert workers of its `cell`.
+    one process per rank, and `nodes` where each runs. `metrics` is the HOST:PORT of its Prometheus
+    page. `settings` names what it was started with. A gateway calls the expert workers of its
+    `cell`.
     """
 
     id: MemberId
@@ -70,6 +71,13 @@ class Member:
     num_slots: int = 0
     settings: str = ""
     cell: int = 0
+    nodes: tuple[str, ...] = ()
+
+    def node_of(self, rank: int) -> str:
+        """Return the node of one rank; "" where it has not told."""
+        if rank < len(self.nodes):
+            return self.nodes[rank]
+        return "" if rank else self.node
 
     @property
     def serves(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from cluster.control.lifecycle import Life, Phase
 from cluster.control.planner import Load, Seat, Wanted, plan_loads
@@ -48,19 +49,25 @@ def assign(
         return Assignment()
     serving = any(w.phase is Phase.SERVE for w in ready)
     seats = seats_of(crew)
+    plan = partial(
+        plan_loads,
+        book.model,
+        seats,
+        book.held(),
+        floor=floor,
+        fixed={worker: slots for worker, slots in book.loading.items() if worker in seats},
+        doubtful=doubtful,
+        rescue_only=rescue_only,
+        wanted=wanted,
+    )
+    shortage = ""
     try:
-        loads = plan_loads(
-            book.model,
-            seats,
-            book.held(),
-            floor=floor,
-            fixed={worker: slots for worker, slots in book.loading.items() if worker in seats},
-            doubtful=doubtful,
-            rescue_only=rescue_only,
-            wanted=wanted,
-        )
+        loads = plan()
     except PlacementError as error:
-        return Assignment(shortage=str(error))
+        shortage = str(error)
+        if not any(book.held().values()):
+            return Assignment(shortage=shortage)  # from the start: no use in beginning
+        loads = plan(partial=True)  # those that leave, or come, may hold the rest
     by_worker: dict[MemberId, list[Load]] = {}
     for load in loads:
         by_worker.setdefault(load.worker, []).append(load)
@@ -76,7 +83,8 @@ def assign(
                 urgent[:_URGENT_BATCH] or needed[:_LIVE_BATCH] or _of_one_layer(mine)[:_MOVE_BATCH]
             )
     num_moves = sum(load.move for load in loads)
-    return Assignment(batches, len(loads) - num_moves, num_moves)
+    num_missing = len(loads) - num_moves + bool(shortage)
+    return Assignment(batches, num_missing, num_moves, shortage)
 
 
 def seats_of(crew: Collection[Life]) -> dict[MemberId, Seat]:

@@ -8,6 +8,7 @@ never blocks, so that tests and the simulator call it directly. Who comes and go
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, assert_never
 
 import structlog
@@ -42,11 +43,18 @@ from cluster.control.ports import (
 from cluster.control.replicas import Fingerprints, ReplicaBook
 from cluster.control.rollout import next_to_leave, outdated
 from cluster.control.scaling.autoscaler import Autoscaler
-from cluster.control.staffing import check_count, fewest_workers, need_of, slots_left, staff
+from cluster.control.staffing import (
+    check_count,
+    enough_workers,
+    fewest_workers,
+    need_of,
+    slots_left,
+    staff,
+)
 from cluster.control.status import ClusterStatus, PoolStatus, StepWatch
 from workers.clock import Clock
 from workers.dispatch.tally import LoadReport
-from workers.errors import NotFoundError, RefusedError
+from workers.errors import NotFoundError, RefusedError, UnavailableError
 from workers.placement import NO_CELL, Member, MemberId, MemberState, Placement, Role, View
 from workers.types import GatewayStats
 
@@ -95,19 +103,32 @@ class Controller:
         self._failed_roles: dict[Role, str] = {}  # of which none has served since
         self._superseded = False
         self._rolling = False
+        self._trouble = ""  # why nothing can be decided just now
+        self._outgoing: list[tuple[ProcessId, Callable[[], None]]] = []  # done once journalled
+        term = journal.claim_term()  # first: what an earlier controller writes after this is void
         record, self._refusal = usable(journal.latest(), desired, model) if resume else (None, "")
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
         self._distributor = Distributor(self._book, model, desired, options, clock.now_s())
         self._actuator: Actuator = actuator or NodeDemand()
         self._autoscaler = Autoscaler(options.scaling)
-        self._view = View(journal.claim_term(), 0, (), self._book.placement())
+        self._view = View(term, 0, (), self._book.placement())
         self._published: tuple[object, ...] = ()
         if record is not None:
             self._resume(record)
 
     def tick(self) -> None:
-        """Do one round: hear, decide, act, publish."""
+        """Do one round: hear, decide, journal, act; without a journal nothing is done."""
+        try:
+            self._round()
+        except OSError as error:
+            if not self._trouble:
+                _log.exception("the journal cannot be used")
+            self._trouble = f"the journal cannot be used, nothing is decided until then: {error}"
+        else:
+            self._trouble = ""
+
+    def _round(self) -> None:
         if self._superseded or self._refusal or not self._still_leads():
             return
         for event in self._runtime.poll():
@@ -119,9 +140,12 @@ class Controller:
             self._assign()
         self._advance()
         self._watch()
-        self._publish()
+        if not self._publish():
+            return
+        self._send()
         self._provide()
         self._ask_pulses()
+        self._send()
 
     def scale(self, role: Role, count: int) -> int:
         """Set how many members of a role are wanted; returns how many were before.
@@ -133,7 +157,7 @@ class Controller:
         before = self._wanted[role]
         self._wanted[role] = count
         _log.info("scale", role=role.value, wanted=count, before=before)
-        self._publish()
+        self._commit()
         return before
 
     def drain(self, name: str) -> MemberId:
@@ -151,7 +175,7 @@ class Controller:
                     self._check_bounds(life.role, self._wanted[life.role] - 1)
                     self._wanted[life.role] -= 1
                 self._dismiss(life, "drained by an operator")
-                self._publish()
+                self._commit()
                 return life.member.id
         if named:
             raise NotFoundError(f"{name} is leaving already")
@@ -162,7 +186,7 @@ class Controller:
         count = len(outdated(self._lives.values(), self._desired.settings))
         self._rolling = count > 0
         _log.info("rollout", outdated=count)
-        self._publish()
+        self._commit()
         return count
 
     def stop(self) -> None:
@@ -242,6 +266,7 @@ class Controller:
 
     def _hear_value(self, life: Life, process: ProcessId, method: str, value: Any) -> None:  # noqa: ANN401
         if method == Phase.LOAD.value and life.role is Role.EXPERT_WORKER:
+            life.loads_since_s = None
             self._book.finish(life.member.id, done=True)
             strange = self._fingerprints.compare(life.member.id, value or {})
             if strange:
@@ -277,6 +302,7 @@ class Controller:
             return
         _log.warning("call failed", process=str(process), method=method, error=error)
         if method == Phase.LOAD.value:
+            life.loads_since_s = None
             self._book.finish(life.member.id, done=False)
             self._distributor.hold_off(life.member.id, self._clock.now_s())
 
@@ -295,6 +321,7 @@ class Controller:
         for process in life.processes:
             if process != dead:
                 self._runtime.kill(process)
+        self._outgoing = [entry for entry in self._outgoing if entry[0] not in life.processes]
         del self._lives[life.member.id]
         self._book.forget(life.member.id)
         self._step_watches.pop(life.member.id, None)
@@ -323,13 +350,14 @@ class Controller:
         for member in record.view.members:
             life = adopted(member, self._processes_of(member), now_s)
             for process in self._processes_of(member):
-                self._runtime.adopt(process)
+                self._runtime.adopt(process, member.node_of(process.rank))
                 if life is None:
                     self._runtime.kill(process)
             if life is None:
                 self._book.forget(member.id)
                 continue
             life.leaving = member.id in record.leaving
+            life.relieved = member.id in record.relieved
             if not life.enlisted:
                 life.member = replace(life.member, cell=self._first_cell(life.role))
             self._lives[member.id] = life
@@ -376,15 +404,15 @@ class Controller:
         }
         self._actuator.provide(
             [
-                need_of(role, lives, self._wanted[role] + self._desired.standby.get(role, 0))
+                need_of(role, lives, self._count_of(role) + self._desired.standby.get(role, 0))
                 for role, lives in by_role.items()
             ]
         )
 
     def _staff(self) -> None:
-        for role, wanted in self._wanted.items():
+        for role in self._wanted:
             standby, cells = self._desired.standby.get(role, 0), self._cells_of(role)
-            orders = staff(role, self._lives.values(), wanted, standby, cells)
+            orders = staff(role, self._lives.values(), self._count_of(role), standby, cells)
             for member, cell in orders.enlist:
                 self._lives[member].enlist(cell)
             for member in orders.dismiss:
@@ -410,8 +438,17 @@ class Controller:
         life.enlisted = role not in MAY_STAND_BY
         self._lives[member.id] = life
         for spec in specs:
-            self._runtime.spawn(spec)
+            self._outgoing.append((spec.id, partial(self._runtime.spawn, spec)))
         self._enter(life, Phase.OPEN)
+
+    def _count_of(self, role: Role) -> int:
+        """Return how many of a role are to serve: as wanted, or more while those are too small."""
+        wanted, model = self._wanted[role], self._book.model
+        if role is not Role.EXPERT_WORKER or not any(self._book.held().values()):
+            return wanted
+        return enough_workers(
+            self._lives.values(), wanted, self._desired, model.num_layers * model.num_experts
+        )
 
     def _dismiss(self, life: Life, reason: str) -> None:
         """Let a member go; it drains when nobody needs it any more."""
@@ -420,7 +457,7 @@ class Controller:
 
     def _assign(self) -> None:
         """Begin the loads that are due."""
-        wanted = self._wanted[Role.EXPERT_WORKER]
+        wanted = self._count_of(Role.EXPERT_WORKER)
         if not wanted:
             return
         due = self._distributor.due(self._workers(), wanted, self._clock.now_s())
@@ -429,7 +466,8 @@ class Controller:
             life = self._lives[member]
             if life.phase is Phase.STANDBY:
                 self._enter(life, Phase.LOAD, batch)
-            else:
+            elif batch:
+                life.loads_since_s = self._clock.now_s()
                 self._call(life.processes[0], Phase.LOAD.value, batch)
 
     def _advance(self) -> None:
@@ -456,10 +494,14 @@ class Controller:
         replaced = self._pool(life.role).serving >= self._wanted[life.role]
         if life.role is not Role.EXPERT_WORKER or (life.relieved and not replaced):
             return replaced
+        now_s = self._clock.now_s()
         staying = [
             w.member.id
             for w in self._workers()
-            if w.phase is Phase.SERVE and not w.leaving and w.member.cell == life.member.cell
+            if w.phase is Phase.SERVE
+            and not w.leaving
+            and w.member.cell == life.member.cell
+            and not is_suspect(w, self._options, now_s)
         ]
         moved = self._distributor.is_whole(life.member.cell, self._workers())
         return moved and self._book.covers(life.member.id, staying)
@@ -479,13 +521,20 @@ class Controller:
             self._call(process, phase.value, *arguments)
 
     def _watch(self) -> None:
-        """Give up whoever is silent and not needed, and whoever never gets on."""
+        """Give up whoever is silent, and whoever never gets on; first who is needed is replaced."""
         now_s = self._clock.now_s()
         alone = is_alone(self._lives.values(), self._options, now_s)
         for life in list(self._lives.values()):
-            silent_s = life.silent_s(now_s)
-            if silent_s > self._options.lost_s and not alone and self._is_spare(life, now_s):
-                self._end(life, f"silent for {silent_s:.1f} s")
+            silent_s, loading_s = life.silent_s(now_s), life.loading_s(now_s)
+            is_lost = silent_s > self._options.lost_s and not alone
+            is_stuck = loading_s > self._options.phase_s
+            if is_lost or is_stuck:
+                lost = f"silent for {silent_s:.1f} s"
+                reason = lost if is_lost else f"loads for {loading_s:.0f} s"
+                if self._is_spare(life, now_s):
+                    self._end(life, reason)
+                elif not life.leaving:
+                    self._dismiss(life, f"{reason}; others load what it alone holds")
             elif life.awaited and now_s - life.since_s > self._options.phase_s:
                 self._end(life, f"{life.phase.value} took over {self._options.phase_s:g} s")
 
@@ -533,16 +582,42 @@ class Controller:
     # What everybody is told
 
     def _call(self, process: ProcessId, method: str, *arguments: object) -> None:
-        self._runtime.call(process, self._view.term, method, *arguments)
+        def call() -> None:
+            self._runtime.call(process, self._view.term, method, *arguments)
 
-    def _publish(self) -> None:
-        """Journal and publish a View if anything that it or its record says has changed."""
+        self._outgoing.append((process, call))
+
+    def _send(self) -> None:
+        """Do what was decided, now that the next controller would know of it."""
+        outgoing, self._outgoing = self._outgoing, []
+        for _, act in outgoing:
+            act()
+
+    def _commit(self) -> None:
+        """Journal what an operator has asked for; raises RefusedError where that is in vain."""
+        try:
+            is_kept = self._publish()
+        except OSError as error:
+            why = f"the journal cannot be used: {error}; what was asked for is done once it can"
+            raise UnavailableError(why) from error
+        if not is_kept:
+            raise UnavailableError("another controller has just taken over: ask again")
+        self._send()
+
+    def _publish(self) -> bool:
+        """Journal and publish a View if anything that it or its record says has changed.
+
+        Returns False, and nothing may be done, when another controller has taken over.
+        """
         members = tuple(sorted((w.member for w in self._lives.values()), key=lambda m: m.id))
         leaving = frozenset(w.member.id for w in self._lives.values() if w.leaving)
+        relieved = frozenset(w.member.id for w in self._lives.values() if w.relieved)
         wanted = tuple(self._wanted.items())
-        state = (members, leaving, self._book.version, wanted, self._rolling)
-        if state == self._published or self._superseded:
-            return
+        state = (members, leaving, self._book.version, wanted, self._rolling, relieved)
+        if self._superseded:
+            return False
+        if state == self._published:
+            return True
         placement = self._view.placement
         if not self._published or state[2] != self._published[2]:
             placement = self._book.placement()
@@ -558,16 +633,18 @@ class Controller:
                     configured=dict(self._desired.members),
                     rolling=self._rolling,
                     fixed=self._desired.fixed,
+                    relieved=relieved,
                 )
             )
         except RefusedError:
             self._still_leads()
-            return
+            return False
         self._published = state
         self._view = view
         for life in self._lives.values():
             for process in life.opened:
                 self._call(process, "adopt", view)
+        return True
 
     def _ask_pulses(self) -> None:
         if self._clock.now_s() - self._pulsed_s < self._options.pulse_s:
@@ -594,7 +671,7 @@ class Controller:
         return failed or ("" if self._book.held() else self._distributor.shortage)
 
     def _unready_reasons(self, now_s: float) -> list[str]:
-        problems = (self._failure(), self._distributor.shortage)
+        problems = (self._failure(), self._trouble, self._distributor.shortage)
         reasons = [problem for problem in dict.fromkeys(problems) if problem]
         reasons += [
             f"{pool.role.value}: {pool.serving} of {pool.wanted} serve"

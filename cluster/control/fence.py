@@ -1,5 +1,7 @@
 """The guard against controllers that have been superseded, in every process that they call."""
 
+import threading
+
 from workers.errors import RefusedError
 
 
@@ -8,9 +10,11 @@ class Fence:
 
     def __init__(self) -> None:
         self._term = 0
+        self._lock = threading.Lock()
 
     def admit(self, term: int) -> None:
         """Let a call of this term pass; RefusedError when a higher term has been heard."""
-        if term < self._term:
-            raise RefusedError(f"term {term} is superseded by term {self._term}")
-        self._term = term
+        with self._lock:
+            if term < self._term:
+                raise RefusedError(f"term {term} is superseded by term {self._term}")
+            self._term = term

@@ -42,11 +42,7 @@ class DirectoryJournal:
 
     def append(self, record: Record) -> None:
         """Store a record durably; refuse when a higher term has been claimed."""
-        if not self.is_leading():
-            raise RefusedError(
-                f"controller term {self._term} is superseded by term {self._highest_term()}: "
-                "this controller must stop"
-            )
+        self._check_leading()
         view = record.view
         path = self._directory / f"view-{view.term:012d}-{view.version:012d}"
         beside = path.with_suffix(".new")
@@ -56,6 +52,7 @@ class DirectoryJournal:
             os.fsync(file.fileno())
         beside.rename(path)
         self._sync_directory()
+        self._check_leading()  # who has claimed a term meanwhile may have read before this was here
         for old in sorted(self._directory.glob("view-*[0-9]"))[:-_KEPT_VIEWS]:
             old.unlink(missing_ok=True)
 
@@ -70,6 +67,13 @@ class DirectoryJournal:
         for member in record.view.members:
             _complete(member)
         return record
+
+    def _check_leading(self) -> None:
+        if not self.is_leading():
+            raise RefusedError(
+                f"controller term {self._term} is superseded by term {self._highest_term()}: "
+                "this controller must stop"
+            )
 
     def _sync_directory(self) -> None:
         """Make names durable, which a file's own sync does not."""

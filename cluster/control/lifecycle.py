@@ -80,6 +80,7 @@ class Life:
     enlisted: bool = False
     leaving: bool = False
     relieved: bool = False
+    loads_since_s: float | None = None  # while it serves
 
     @property
     def role(self) -> Role:
@@ -110,6 +111,10 @@ class Life:
     def silent_s(self, now_s: float) -> float:
         """Return for how long the quietest process has not been heard; 0 before it must be."""
         return now_s - min(self.heard_s.values()) if self.phase in PULSING else 0.0
+
+    def loading_s(self, now_s: float) -> float:
+        """Return for how long it has loaded experts while it serves; 0 while it does not."""
+        return 0.0 if self.loads_since_s is None else now_s - self.loads_since_s
 
     def next_phase(self) -> Phase:
         """Return the phase that follows."""
@@ -154,7 +159,7 @@ def adopted(member: Member, processes: tuple[ProcessId, ...], now_s: float) -> L
     life.opened = {
         process: Opened(
             pid=member.pids[rank] if rank < len(member.pids) else member.pid,
-            node="" if rank else member.node,  # a gateway's other ranks may be on other nodes
+            node=member.node_of(rank),
             num_slots=member.num_slots,
             endpoint=member.endpoint,
             store=member.stores[rank] if rank < len(member.stores) else "",
@@ -200,6 +205,7 @@ def _described(member: Member, opened: list[Opened | None]) -> Member:
         num_slots=first.num_slots or member.num_slots,
         pid=first.pid,
         pids=tuple(o.pid for o in opened if o is not None),
+        nodes=tuple("" if o is None else o.node for o in opened),
         endpoint=first.endpoint,
         metrics=first.metrics,
         stores=tuple(o.store for o in opened if o is not None and o.store),

@@ -50,6 +50,7 @@ def plan_loads(
     doubtful: Collection[MemberId] = (),
     rescue_only: bool = False,
     wanted: Wanted | None = None,
+    partial: bool = False,
 ) -> list[Load]:
     """Return what to load, most urgent first; nothing when all is as it should be.
 
@@ -65,21 +66,22 @@ def plan_loads(
         doubtful: Workers whose copies do not count as coverage, but do as copies.
         rescue_only: Look after experts without a copy, and leave the rest as it is.
         wanted: What each worker should hold once all is done; an even share when None.
+        partial: Look after as many experts as there is room for, and after nothing else.
 
     Raises:
-        PlacementError: The slots do not suffice for one copy of every expert.
+        PlacementError: The slots do not suffice for one copy of every expert; not if `partial`.
     """
     board = _Board(model, seats, held, fixed=fixed or {}, doubtful=doubtful, wanted=wanted or {})
     for expert in board.experts():
         if board.num_sound(expert) or board.add(expert, least_copies=1, urgent=True):
             continue
-        if not fixed:  # else a slot may come free when what is under way has ended
+        if not fixed and not partial:  # else what is under way may leave a slot free
             raise PlacementError(
                 f"{sum(s.num_slots for s in seats.values())} slots on {len(seats)} expert workers "
                 f"cannot hold the {model.num_layers * model.num_experts} experts of "
                 f"{model.num_layers} layers: add workers or raise experts.slots"
             )
-    if rescue_only:
+    if rescue_only or partial:
         return board.loads
     copies = min(floor, len(seats))
     for least in range(2, copies + 1):
@@ -205,7 +207,8 @@ class _Board:
     def even_out(self, layer: int, share: int, least_copies: int) -> None:
         """Give every worker its share of a layer, taking from those that hold most of it."""
         for worker in sorted(self._seats):
-            while self._in_layer[worker, layer] < share:
+            room = self._seats[worker].num_slots // self._model.num_layers  # it has all layers
+            while self._in_layer[worker, layer] < min(share, room):
                 offered = self._offered(worker, layer, share)
                 if offered is None:
                     break

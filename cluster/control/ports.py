@@ -84,8 +84,11 @@ class Runtime(Protocol):
         """Start a process; its death, also at birth, comes as `Died`."""
         ...
 
-    def adopt(self, process: ProcessId) -> None:
-        """Take over a process that an earlier controller started; `Died` if it is not there."""
+    def adopt(self, process: ProcessId, node: str) -> None:
+        """Take over a process that an earlier controller started; `Died` if it is not there.
+
+        `node` is where it said that it runs, "" where that is not known.
+        """
         ...
 
     def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:
@@ -146,7 +149,8 @@ class Record:
 
     `leaving` are the members that leave for good. `configured` is how many the configuration asked
     for, from which `wanted` may have been scaled. `rolling`: outdated members are being replaced.
-    `fixed` are the values that all of them have in common for good.
+    `fixed` are the values that all of them have in common for good. Those of `leaving` that are
+    `relieved` go when another one serves in their place.
     """
 
     view: View
@@ -155,6 +159,7 @@ class Record:
     configured: Mapping[Role, int] = field(default_factory=dict)
     rolling: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict)
+    relieved: frozenset[MemberId] = frozenset()
 
 
 class Journal(Protocol):

@@ -38,6 +38,7 @@ _FIXED = (
     "dispatch.bit_stable",
     "control.cells",
 )
+_JOURNAL = "control.journal"  # with another one, what runs would be started a second time
 _DTYPE = "the dtype (model.dtype, or whether anybody has a GPU)"
 _SECTIONS: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
@@ -92,7 +93,7 @@ def differences(before: ClusterConfig, after: ClusterConfig) -> Differences:
         if old.get(key) == new[key]:
             continue
         moves_experts = key == "experts.workers" and not (old.get(key) and new[key])
-        if key in _FIXED or moves_experts:
+        if key in _FIXED or key == _JOURNAL or moves_experts:
             kind = "never"
         elif key in COUNTS:
             kind = "counts"

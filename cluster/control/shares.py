@@ -50,7 +50,7 @@ class ShareWindow:
                 waiting = _share(stats.dispatch_wait_s - self._wait_s, step_s)
                 self._step_s, self._wait_s = stats.step_s, stats.dispatch_wait_s
                 self._steps = stats.steps
-                if passed_s and step_s > 0:
+                if passed_s:  # without a step there is no load
                     mean_s = step_s / max(num_steps, 1)
                     self.latest = Shares(
                         waiting=keep * self.latest.waiting + (1 - keep) * waiting,

@@ -87,6 +87,19 @@ def slots_left(
     return there + (count - len(staying)) * desired.least_slots
 
 
+def enough_workers(lives: Collection[Life], wanted: int, desired: Desired, num_experts: int) -> int:
+    """Return how many expert workers are to serve: more than wanted where those lack slots.
+
+    So it is after a change of the configuration to fewer workers with more slots each, until those
+    that are there have been replaced.
+    """
+    count = wanted
+    if wanted and desired.least_slots:
+        while slots_left(lives, count, desired) // desired.cells < num_experts:
+            count += 1
+    return count
+
+
 def check_count(
     role: Role,
     count: int,
@@ -141,7 +154,11 @@ def fewest_workers(desired: Desired, num_experts: int) -> int:
 
 
 def need_of(role: Role, lives: Collection[Life], count: int) -> NodeNeed:
-    """Return the nodes that a role's members need, `count` of which are wanted."""
+    """Return the nodes that a role's members need, `count` of which are wanted.
+
+    Those that leave need theirs until they have gone: a successor may have to come first.
+    """
+    count += sum(life.leaving for life in lives)
     opened = [life.opened.get(process) for life in lives for process in life.processes]
     nodes = frozenset(o.node for o in opened if o is not None and o.node)
     num_unplaced = sum(o is None or not o.node for o in opened)

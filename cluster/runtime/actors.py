@@ -148,14 +148,19 @@ class RayRuntime:
         self._processes[spec.id] = process
         self._hold(spec.id)
 
-    def adopt(self, process: ProcessId) -> None:
+    def adopt(self, process: ProcessId, node: str) -> None:
         """Find the actor of a process by its name and watch it."""
+        gang = str(process.member)
         try:
             actor: Any = ray.get_actor(actor_name(process), NAMESPACE)
         except ValueError:
             self._events.put(Died(process, "the process is not there any more"))
+            # Its member ends with it, and with that whatever else is in its placement group.
+            threading.Thread(target=_disband, args=(gang,), daemon=True).start()
             return
-        self._processes[process] = _Process(actor, gang=str(process.member))
+        if node:
+            self._nodes[process] = node
+        self._processes[process] = _Process(actor, gang=gang)
         self._hold(process)
 
     def call(self, process: ProcessId, term: int, method: str, *arguments: object) -> None:

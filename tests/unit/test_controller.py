@@ -22,6 +22,10 @@ def processes(role: Role, count: int):
     )
 
 
+def no_room(process: ProcessId) -> Opened:
+    raise ValueError("no room")
+
+
 class Bench:
     def __init__(
         self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, warm=0, slots=16,
@@ -467,16 +471,42 @@ def test_what_a_silent_worker_alone_holds_is_loaded_elsewhere_before_it_is_given
     assert bench.controller.status().ready
 
 
-def test_a_silent_worker_whose_experts_nobody_else_can_hold_is_kept() -> None:
+def test_a_silent_worker_whose_experts_nobody_else_has_room_for_is_kept_until_a_new_one_has() -> (
+    None
+):
     bench = Bench(workers=3, floor=1, slots=4)
     bench.ticks()
     (frozen,) = bench.runtime.named("expert_worker-1")
     bench.runtime.mute.add((frozen, "pulse"))
+    bench.runtime.answers["open"] = no_room
 
     bench.ticks(100)
-
     assert frozen in bench.runtime.specs
     assert any("cannot hold" in reason for reason in bench.controller.status().reasons)
+
+    bench.runtime.answers["open"] = FakeRuntime().answers["open"]
+    bench.ticks(1000)
+    assert frozen not in bench.runtime.specs
+    assert bench.view.uncovered() == []
+    assert bench.controller.status().ready
+
+
+def test_a_worker_whose_load_never_ends_is_replaced_by_one_that_loads() -> None:
+    options = ControllerOptions(phase_s=20.0)
+    bench = Bench(workers=3, floor=1, options=options)
+    bench.ticks()
+    (stuck,) = bench.runtime.named("expert_worker-0")
+    (dead,) = bench.runtime.named("expert_worker-1")
+    bench.runtime.mute.add((stuck, "load"))  # it answers pulses meanwhile
+
+    bench.runtime.die(dead)
+    bench.ticks(40)
+    assert bench.runtime.calls.count((stuck, "load", (bench.loads(stuck)[-1],))) == 1
+    bench.ticks(200)
+
+    assert stuck not in bench.runtime.specs
+    assert bench.view.uncovered() == []
+    assert bench.controller.status().ready
 
 
 def test_a_controller_that_hears_hardly_anybody_takes_itself_for_the_one_that_is_cut_off() -> None:

@@ -36,6 +36,20 @@ def test_an_empty_journal_has_no_view(tmp_path) -> None:
     assert DirectoryJournal(tmp_path).latest() is None
 
 
+def test_who_is_superseded_while_it_writes_is_told_so(tmp_path, monkeypatch) -> None:
+    old = DirectoryJournal(tmp_path)
+    term = old.claim_term()
+    sync = old._sync_directory
+
+    def claimed_meanwhile() -> None:
+        sync()
+        DirectoryJournal(tmp_path).claim_term()
+
+    monkeypatch.setattr(old, "_sync_directory", claimed_meanwhile)
+    with pytest.raises(RefusedError, match="superseded by term 2"):
+        old.append(record(term, 1))
+
+
 def test_a_superseded_controller_cannot_append(tmp_path) -> None:
     old = DirectoryJournal(tmp_path)
     term = old.claim_term()

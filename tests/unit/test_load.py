@@ -207,3 +207,15 @@ def test_what_is_no_trace_is_refused(tmp_path) -> None:
     RoutingTrace("m", 4, np.array([1], dtype=np.uint32), chosen).save(path)
     with pytest.raises(TraceError, match="beyond its 4"):
         RoutingTrace.load(path)
+
+
+def test_a_gateway_without_steps_is_less_and_less_loaded() -> None:
+    window = ShareWindow(half_life_s=5.0)
+    window.note(GatewayStats(), 0.0)
+    window.note(GatewayStats(steps=10, step_s=20.0, dispatch_wait_s=10.0), 100.0)
+    busy = window.latest
+    assert busy.step_s == pytest.approx(2.0, rel=1e-3)
+
+    window.note(GatewayStats(steps=10, step_s=20.0, dispatch_wait_s=10.0), 105.0)
+    assert window.latest.step_s == pytest.approx(busy.step_s / 2)
+    assert window.latest.waiting == pytest.approx(busy.waiting / 2)

@@ -115,3 +115,29 @@ def test_a_plan_never_takes_a_copy_that_is_needed_nor_a_slot_twice(data) -> None
         before, now = sound(expert, held), {w for w in crew if expert in after[w]}
         assert now
         assert len(sound(expert, after)) >= min(len(before), 1)
+
+
+def test_a_small_worker_takes_what_it_has_room_for_and_then_all_rest() -> None:
+    model, held = empty(4, 32), {}
+    seats = {MemberId(f"w{i}", 1): Seat(200) for i in range(2)}
+    for round_ in range(8):
+        if round_ == 1:
+            seats[MemberId("w2", 1)] = Seat(20)
+        loads = plan_loads(model, seats, held, floor=1)
+        for load in loads:
+            mine = held.setdefault(load.worker, {})
+            held[load.worker] = {e: s for e, s in mine.items() if s != load.slot}
+            held[load.worker][load.expert] = load.slot
+    assert loads == []
+    in_layer = [sum(e.layer == layer for e in held[MemberId("w2", 1)]) for layer in range(4)]
+    assert in_layer == [5] * 4
+
+
+def test_a_partial_plan_covers_as_many_experts_as_there_is_room_for() -> None:
+    model = empty(2, 4)
+    seats = {MemberId(f"w{i}", 1): Seat(3) for i in range(2)}
+    with pytest.raises(PlacementError):
+        plan_loads(model, seats, {}, floor=2)
+    loads = plan_loads(model, seats, {}, floor=2, partial=True)
+    assert len({load.expert for load in loads}) == len(loads) == 6
+    assert all(load.urgent for load in loads)

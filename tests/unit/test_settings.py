@@ -26,6 +26,7 @@ def changed(*settings: str) -> ClusterConfig:
         ("model.dtype=bfloat16", "never"),
         ("dispatch.bit_stable=true", "never"),
         ("dispatch.capacity_rows=64", "never"),
+        ("control.journal=elsewhere", "never"),
         ("experts.floor=1", "at_once"),
         ("experts.standby=1", "at_once"),
         ("experts.min=1", "at_once"),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,6 +59,10 @@ def lost_by_a_move(before: View, after: View) -> bool:
     )
 
 
+class Crash(Exception):  # noqa: N818 - not an error of the product
+    """A controller's process ends while it writes."""
+
+
 class SimJournal:
     """Durable storage that all controllers share; each has one of these."""
 
@@ -66,6 +70,7 @@ class SimJournal:
         self._shared = shared or self
         self.highest = self.term = 0
         self.records: list[Record] = []
+        self.crash = ""  # whether the next record is the end: "before" or "after" it is stored
 
     def claim_term(self, above: int = 0) -> int:
         self.term = self._shared.highest = max(self._shared.highest, above) + 1
@@ -75,6 +80,8 @@ class SimJournal:
         return self._shared.highest <= self.term
 
     def append(self, record: Record) -> None:
+        if self.crash == "before":
+            raise Crash
         if not self.is_leading():
             raise RefusedError(f"term {self.term} is superseded")
         records = self._shared.records
@@ -83,6 +90,8 @@ class SimJournal:
         if records and lost_by_a_move(records[-1].view, record.view):
             raise ViolationError(f"I4: View {record.view.order} moves the last copy of an expert")
         records.append(record)
+        if self.crash == "after":
+            raise Crash
 
     def latest(self) -> Record | None:
         return self._shared.records[-1] if self._shared.records else None
@@ -100,7 +109,7 @@ class SimRuntime:
         self._watched.add(spec.id)
         self._cluster.spawn(spec)
 
-    def adopt(self, process: ProcessId) -> None:
+    def adopt(self, process: ProcessId, _node: str) -> None:
         self._watched.add(process)
         if process not in self._cluster.processes:
             self._events.append(Died(process, "not there"))
@@ -142,6 +151,7 @@ class SimController:
 
     controller: Controller
     runtime: SimRuntime
+    journal: SimJournal
     is_alive: bool = True
 
 
@@ -256,7 +266,7 @@ class SimCluster:
     # Controllers
 
     def start_controller(self, *, resume: bool) -> None:
-        runtime = SimRuntime(self)
+        runtime, journal = SimRuntime(self), SimJournal(self._journal)
         options = self.options
         controller = self._make_controller(
             Desired(
@@ -272,7 +282,7 @@ class SimCluster:
             Placement("lab", NUM_LAYERS, NUM_EXPERTS),
             {role: partial(_blueprint, role) for role in (Role.EXPERT_WORKER, Role.GATEWAY)},
             runtime=runtime,
-            journal=SimJournal(self._journal),
+            journal=journal,
             clock=self.simulator,
             options=ControllerOptions(
                 pulse_s=0.75,
@@ -285,14 +295,29 @@ class SimCluster:
             ),
             resume=resume,
         )
-        made = SimController(controller, runtime)
+        made = SimController(controller, runtime, journal)
         self.controllers.append(made)
         self._tick(made)
 
     def _tick(self, made: SimController) -> None:
         if made.is_alive and not made.controller.superseded:
-            made.controller.tick()
+            with self._surviving(made):
+                made.controller.tick()
             self.simulator.after(TICK_S, lambda: self._tick(made))
+
+    @contextlib.contextmanager
+    def _surviving(self, made: SimController) -> Iterator[None]:
+        """Let a controller do something, which may be its end: then there will be another one."""
+        try:
+            yield
+        except Crash:
+            self._end_controller(made)
+
+    def _end_controller(self, made: SimController) -> None:
+        if made.is_alive:
+            made.is_alive = False
+            delay_s = self.simulator.draw.uniform(0.05, 1.0)
+            self.simulator.after(delay_s, lambda: self.start_controller(resume=True))
 
     @property
     def leader(self) -> Controller | None:
@@ -332,6 +357,21 @@ class SimCluster:
             raise ViolationError(f"I9: steps do not end: {self._state()}")
         if not self._run_until(self.simulator.now_s() + CALM_S, self._calm):
             raise ViolationError(f"I9: Views and replicas do not converge: {self._state()}")
+        self._compare()
+
+    def _compare(self) -> None:
+        """Workers hold what the View says (I3), and nobody runs of whom it does not know (I5)."""
+        leader = self.leader
+        assert leader is not None
+        view = leader.view
+        for member in view.serving_workers():
+            worker, said = self._find(member.id), view.placement.held_by(member.id)
+            wrong = [e for e, slot in said.items() if worker and not worker.remembers(e, slot)]
+            if wrong:
+                raise ViolationError(f"I3: {member.id} is said to hold {wrong}, and does not")
+        strangers = self.processes.keys() - {ProcessId(member.id) for member in view.members}
+        if strangers:
+            raise ViolationError(f"I5: {strangers} run, and the View does not know them")
 
     def _run_until(self, until_s: float, holds: Callable[[], bool]) -> bool:
         """Run until something holds, which is looked at every now and then only."""
@@ -356,14 +396,17 @@ class SimCluster:
         if fault in {"join", "drain"} and self.leader is not None:
             wanted = self.leader.status().pools[0].wanted
             count = wanted + (1 if fault == "join" else -1)
-            if count >= 2:
-                with contextlib.suppress(RefusedError):  # a cell could not hold every expert
+            if count >= 2:  # refused where a cell could not hold every expert
+                with contextlib.suppress(RefusedError), self._surviving(self.controllers[-1]):
                     self.leader.scale(Role.EXPERT_WORKER, count)
         elif fault == "kill controller" and self.leader is not None:
-            self.controllers[-1].is_alive = False
-            simulator.after(length_s / 3, lambda: self.start_controller(resume=True))
+            made = self.controllers[-1]
+            made.journal.crash = draw.choice(("", "before", "after"))
+            at_s = length_s if made.journal.crash else 0.0  # unless it writes nothing until then
+            simulator.after(at_s, partial(self._end_controller, made))
         elif fault == "drain and kill" and self.leader is not None and victim is not None:
-            with contextlib.suppress(RefusedError, NotFoundError):  # it may be leaving already
+            leaves_already = contextlib.suppress(RefusedError, NotFoundError)
+            with leaves_already, self._surviving(self.controllers[-1]):
                 self.leader.drain(victim.member.name)
             self._end_leaving(victim, simulator.now_s() + length_s)
         elif fault == "late views":

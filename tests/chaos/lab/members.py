@@ -139,6 +139,10 @@ class SimWorker(SimProcess):
     def takes_links_of(self, gateway: MemberId) -> bool:
         return self.is_alive and not self.is_frozen and gateway in self._gateways
 
+    def remembers(self, expert: ExpertId, slot: int) -> bool:
+        """Whether the slot's memory holds the expert's weights."""
+        return self._memory[slot] == expert
+
     # What the controller calls.
 
     def open(self) -> Opened:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.control import distributor as distributor_module
+from cluster.control.controller import Controller
 from cluster.control.fence import Fence
 from cluster.control.planner import _Board
 from cluster.control.replicas import ReplicaBook
@@ -218,6 +219,18 @@ def heed_any_assignment() -> Any:
     return replaced(Flight, "_heed", heed)
 
 
+def act_before_it_is_journalled() -> Any:
+    """I5: a controller has done what its successor does not know of."""
+
+    original = Controller._publish
+
+    def publish(self: Controller) -> bool:
+        self._send()
+        return original(self)
+
+    return replaced(Controller, "_publish", publish)
+
+
 def no_deadline() -> Any:
     """I9: a call waits for ever for the worker that it was sent to."""
     return replaced(AnswerTimes, "deadline_s", lambda self, num_rows: 1e9)
@@ -260,6 +273,7 @@ MUTATIONS: dict[str, Mutation] = {
     "I4 overwrite the last loaded copy": Mutation(overwrite_the_last_loaded_copy),
     "I5 obey anybody": Mutation(obey_anybody),
     "I5 adopt any View": Mutation(adopt_any_view),
+    "I5 act before it is journalled": Mutation(act_before_it_is_journalled),
     "I6 commit before it is decided": Mutation(commit_before_it_is_decided, "ranks"),
     "I6 forget to discard": Mutation(forget_to_discard, "ranks"),
     "I7 pass on what is known": Mutation(pass_on_what_is_known, "requests"),
