@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -89,7 +91,8 @@ def test_a_changed_file_and_a_lost_head_are_answered_by_applying_again() -> None
         assert len(third) == len(second)
 
 
-def test_a_node_that_is_told_to_end_is_left_in_time_and_nothing_is_lost() -> None:
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_node_that_is_told_to_end_is_left_in_time_and_nothing_is_lost(taken_over: bool) -> None:
     changes = {
         "experts.workers": 4, "experts.floor": 1, "control.allow_chaos": True,
         "experts.resources": {"expert_slot": 4},  # four find room on the head, two on the node
@@ -101,7 +104,7 @@ def test_a_node_that_is_told_to_end_is_left_in_time_and_nothing_is_lost() -> Non
             RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=str(DRAIN_S),
         )  # fmt: skip
         try:
-            report = leave_under_load(cluster, node, options)
+            report = leave_under_load(cluster, node, options, taken_over=taken_over)
         finally:
             node.kill()
             node.wait(30)
@@ -109,15 +112,22 @@ def test_a_node_that_is_told_to_end_is_left_in_time_and_nothing_is_lost() -> Non
     assert report["passed"], report
 
 
-def leave_under_load(cluster: Site, node: subprocess.Popen, options: ChaosOptions) -> dict:
+def leave_under_load(
+    cluster: Site, node: subprocess.Popen, options: ChaosOptions, *, taken_over: bool
+) -> dict:
     started = cluster.apply()
     assert started.returncode == 0, started.stderr
 
     async def script(saboteur: Saboteur) -> None:
-        before = {m.name: m.node for m in (await saboteur.whole()).view.members if m.pid}
+        whole = await saboteur.whole()
+        before = {m.name: m.node for m in whole.view.members if m.pid}
         at_head = {n for name, n in before.items() if name.startswith("gateway")}
         away = {name for name, n in before.items() if n not in at_head}
         assert away, "no worker came to the node"
+        if taken_over:
+            (controller,) = [m for m in whole.view.members if m.role == cluster_pb2.ROLE_CONTROLLER]
+            os.kill(controller.pid, signal.SIGKILL)
+            await saboteur.whole(without=(f"{controller.name}.{controller.incarnation}",))
         async with saboteur.fault("node ends", tuple(sorted(away))):
             node.terminate()
             await asyncio.to_thread(node.wait, DRAIN_S)
