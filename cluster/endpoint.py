@@ -17,7 +17,7 @@ from cluster.ownership.holdings import Holdings, ServingGateway
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from cluster.snapshots import SnapshotServicer, SnapshotSource
 from workers.clock import Clock, SystemClock
-from workers.errors import ExpertmeshError
+from workers.errors import ExpertmeshError, IsolatedError
 from workers.gateway.snapshot import Snapshot, Stamp
 from workers.types import Request, SnapshotPlace, TokenEvent
 
@@ -213,6 +213,11 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._stop_fetching(request.request_id, request.assignment)
         if self._source is None or not request.snapshots or request.request_id in self._holdings:
             self._begin(request, session, {})
+            return
+        try:
+            self._holdings.check_isolation(request)  # who is to wait needs no snapshots yet
+        except IsolatedError as error:
+            session.refuse(request.request_id, request.assignment, error)
             return
         task = asyncio.create_task(self._fetch_and_begin(self._source, request, session))
         self._fetching[request.request_id] = _Fetch(request.assignment, session, task)

@@ -37,8 +37,8 @@ class Job:
 
     @property
     def is_resumed(self) -> bool:
-        """Whether the client has tokens of it already."""
-        return any(self.request.emitted)
+        """Whether it was admitted before: its client has tokens of it, or its stream at least."""
+        return self.takes_over or any(self.request.emitted)
 
 
 def check(job: Job, options: FrontDoorOptions, *, context_tokens: int, vocab_size: int) -> None:

@@ -60,9 +60,10 @@ class ViewCache:
         """Whether every expert has a replica on a serving worker."""
         return self.view is not None and not self.uncovered
 
-    async def change(self) -> None:
-        """Wait for a newer View."""
-        await self._changed.wait()
+    @property
+    def changed(self) -> asyncio.Event:
+        """What is set when a newer View than the present one is adopted."""
+        return self._changed
 
 
 class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
@@ -89,9 +90,10 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         del request
         async with guarded(self._parts, "WatchView", context, for_operators=True):
             while True:
+                changed = self._cache.changed  # before writing, which takes a while
                 if self._cache.view is not None:
                     await context.write(cluster_pb2.WatchViewResponse(view=self._message()))
-                await self._cache.change()
+                await changed.wait()
 
     async def GetStatus(
         self, request: cluster_pb2.GetStatusRequest, context: Context

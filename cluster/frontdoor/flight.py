@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import NoReturn
 
 from cluster.frontdoor.admission import Job
@@ -25,7 +26,9 @@ from workers.types import FinishReason, SnapshotPlace, TokenEvent
 ROUTE_KEY = "expertmesh-route"  # of a call's trailing metadata; see `Flight.route`
 
 _MOST_LEGS = 32  # that are told: metadata has its bounds
+_ABANDONED_S = 10.0  # in which whoever has taken a request over reaches the gateway that runs it
 _PLACES = 4  # remembered of each sequence; a holder keeps two
+_SILENCES = 1.25  # of a gateway, until all that fell silent with another one are known to be lost
 
 
 class _Notice(Enum):
@@ -62,6 +65,7 @@ class Flight:
         self._is_admitted = any(request.emitted)
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
+        self._lost_s: float | None = None  # when a gateway was lost last
 
     @property
     def assignment(self) -> int:
@@ -136,8 +140,22 @@ class Flight:
 
     async def _embark(self) -> None:
         """Hand the request to a gateway, if this call has it and there is one."""
-        if await self._tenure.begin():
+        if await self._tenure.begin() and not self._waits_for_others():
             self._submit()
+
+    def _waits_for_others(self) -> bool:
+        """Whether gateways may be lost together, of which not all are known to be lost yet.
+
+        The next loss would be blamed on the request, so it is not taken to one of those.
+        """
+        return self._others_s() > 0 and self._tenure.is_suspect
+
+    def _others_s(self) -> float:
+        """Return for how long other gateways that fell silent just then may still seem to live."""
+        if self._lost_s is None:
+            return 0.0
+        until_s = self._lost_s + self._pool.options.gateway_silence_s * _SILENCES
+        return until_s - asyncio.get_running_loop().time()
 
     def _submit(self) -> None:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
@@ -191,6 +209,8 @@ class Flight:
         if now_s >= self._deadline_s:
             raise UnavailableError(f"no gateway could take the request within {wait_s:g} s")
         retry_s = self._pool.options.gateway_retry_s if self._refused_by else wait_s
+        if self._waits_for_others():
+            retry_s = min(retry_s, self._others_s())
         try:
             async with asyncio.timeout_at(min(self._deadline_s, now_s + retry_s)):
                 notice = await self._notices.get()
@@ -210,6 +230,8 @@ class Flight:
             return []
         if isinstance(notice, TokenEvent):
             return self._take(notice)
+        if self._session is None:
+            return []  # it was left already, as it has moved
         if isinstance(notice, ExpertmeshError):
             self._refuse(notice)
         else:
@@ -217,9 +239,14 @@ class Flight:
         return []
 
     def _lose(self) -> NoReturn:
-        """Leave the request to the call that has taken it over, and its gateway too."""
+        """Leave the request to the call that has taken it over, and its gateway too.
+
+        That call may not know of this gateway: what nobody has come for is freed.
+        """
         if self._session is not None:
             self._session.leave(self, has_ended=True)
+            free = partial(self._session.let_go, self.request_id, self.assignment)
+            asyncio.get_running_loop().call_later(_ABANDONED_S, free)
         self._session = None
         raise DuplicateRequestError(f"request {self.request_id} goes on in a later call")
 
@@ -227,6 +254,7 @@ class Flight:
         assert self._session is not None
         self._tenure.lost_at(self._session.member.id, self._fewest_tokens())
         self._session, self._is_admitted = None, True
+        self._deadline_s, self._lost_s = None, asyncio.get_running_loop().time()
 
     def _refuse(self, error: ExpertmeshError) -> None:
         """Try another gateway, where that may help; else raise the refusal."""
@@ -262,9 +290,9 @@ class Flight:
         if event.finish is FinishReason.ERROR:
             raise ExpertmeshError(f"the gateway failed at the request: {event.error}")
         if event.finish is FinishReason.MOVED:
-            assert self._session is not None
-            self._is_admitted = True
-            self._refused_by.add(self._session.member.id)
+            self._is_admitted, self._deadline_s = True, None
+            if self._session is not None:  # else it was lost as well
+                self._refused_by.add(self._session.member.id)
         unasked = {FinishReason.CANCELLED, FinishReason.MOVED}
         if num_known < 0 or event.finish in unasked:
             self._leave()

@@ -234,7 +234,10 @@ class GatewaySession:
         ) as channel:
             stub = gateway_pb2_grpc.GatewayServiceStub(channel)
             while True:
-                await self._serve(stub)
+                try:
+                    await self._serve(stub)
+                except Exception:  # noqa: BLE001 - such as a broken message: the next one may do
+                    _log.exception("a session broke", gateway=str(self.member.id))
                 await asyncio.sleep(self._options.reconnect_s)
 
     async def _serve(self, stub: "gateway_pb2_grpc.GatewayServiceAsyncStub") -> None:
@@ -254,7 +257,7 @@ class GatewaySession:
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         except asyncio.CancelledError:
-            if not self._silence.is_too_long or self._task.cancelling():
+            if self._task.cancelling():
                 raise
             reason = f"silent for {self._options.gateway_silence_s:g} s"
         finally:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
 from cluster.frontdoor.ownership import Ownership
-from cluster.ownership.directory import GRANT, Claim
+from cluster.ownership.directory import GRANT, Claim, is_suspect
 from workers.errors import ExpertmeshError
 from workers.placement import MemberId
 
@@ -74,6 +74,11 @@ class Tenure:
         """How many gateways died with the request in a row; one that is back has not died."""
         gone = sum(self._pool.is_gone(gateway) for gateway in self._lost_at)
         return self._earlier_deaths + gone
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether one more death would be blamed on the request."""
+        return is_suspect(self.num_deaths, self._pool.options.max_deaths)
 
     @property
     def former(self) -> GatewaySession | None:

@@ -19,6 +19,7 @@ Sink = Callable[[Sequence[TokenEvent]], None]
 
 NO_SNAPSHOTS: Mapping[int, Snapshot] = MappingProxyType({})
 _NOT_KEPT = (FinishReason.ERROR, FinishReason.MOVED)
+_HARMLESS_TOKENS = 32  # that a suspect brings: what harms a gateway does so again where it did
 
 
 class ServingGateway(Protocol):
@@ -89,7 +90,8 @@ class Holdings:
         sink: Takes the engine's events and brings them to `take` on this loop.
         clock: Measures windows.
         max_window_s: The longest window, whatever a request asks for.
-        max_kept_tokens: Tokens of ended requests; beyond that the oldest are forgotten.
+        max_kept_tokens: Tokens of ended requests and their prompts; beyond that the oldest are
+            forgotten.
         max_deaths: Of gateways, with the same request, before it is failed.
     """
 
@@ -143,7 +145,7 @@ class Holdings:
             return
         if held is not None:
             self._free(request_id)
-        self._check_isolation(request)
+        self.check_isolation(request)
         self._worker.submit(request, self._sink, snapshots)
         self._holdings[request_id] = _Holding(
             running=request,
@@ -152,6 +154,21 @@ class Holdings:
             listener=listener,
             window_s=min(request.resume_window_s, self._max_window_s),
         )
+
+    def check_isolation(self, request: Request) -> None:
+        """Have a suspect wait while another one may still turn out to be harmful.
+
+        Raises:
+            IsolatedError: Another suspect request runs, and has not come far since its last loss.
+        """
+        if not is_suspect(request.deaths, self._max_deaths):
+            return
+        for held in self._holdings.values():
+            is_other = is_suspect(held.running.deaths, self._max_deaths) and not held.kept.has_ended
+            if is_other and held.kept.num_new < _HARMLESS_TOKENS:
+                raise IsolatedError(
+                    f"request {held.running.request_id} runs here, and gateways died with it too"
+                )
 
     def snapshot(self, request_id: str, assignment: int, place: SnapshotPlace) -> None:
         """Tell whoever listens that a snapshot is whole, if it is of what runs here."""
@@ -210,15 +227,6 @@ class Holdings:
             self._ended(held, failed=False)
         else:
             held.until_s = None
-
-    def _check_isolation(self, request: Request) -> None:
-        if not is_suspect(request.deaths, self._max_deaths):
-            return
-        for held in self._holdings.values():
-            if is_suspect(held.running.deaths, self._max_deaths) and not held.kept.has_ended:
-                raise IsolatedError(
-                    f"request {held.running.request_id} runs here, and gateways died with it too"
-                )
 
     def _keep(self, held: _Holding) -> None:
         held.listener = None

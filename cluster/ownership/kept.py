@@ -29,8 +29,15 @@ class KeptRequest:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens are kept."""
-        return sum(map(len, self._tokens))
+        """How many tokens are kept, with those of the prompt."""
+        return len(self._request.prompt_token_ids) + sum(map(len, self._tokens))
+
+    @property
+    def num_new(self) -> int:
+        """How many tokens the running sequence has brought here that has brought fewest."""
+        counts = zip(self._tokens, self._num_before, strict=True)
+        running = [len(t) - n for i, (t, n) in enumerate(counts) if i not in self._ends]
+        return min(running, default=0)
 
     def take(self, event: TokenEvent) -> None:
         """Keep what a gateway emits."""

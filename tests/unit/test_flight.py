@@ -4,13 +4,14 @@ import asyncio
 
 import pytest
 
+from cluster.frontdoor import flight as flight_module
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.flight import Flight
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.ownership.directory import GRANT
 from tests.fakes import LoneOwnership
 from tests.unit.harness_gateway import make_request
-from workers.errors import DrainingError
+from workers.errors import DrainingError, DuplicateRequestError
 from workers.placement import MemberId
 from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
 
@@ -22,23 +23,26 @@ class FakeSession:
         self.member = self  # only its id is asked for
         self.id = MemberId(name, 1)
         self.submitted: list[Request] = []
+        self.let_go_of: list[tuple[str, int]] = []
+        self.has_work = asyncio.Event()
         self.is_connected = True
 
     def submit(self, request: Request, passenger: Flight) -> None:
         self.submitted.append(request)
+        self.has_work.set()
 
     def leave(self, passenger: Flight, *, has_ended: bool) -> None:
         pass
 
     def let_go(self, request_id: str, assignment: int) -> None:
-        pass
+        self.let_go_of.append((request_id, assignment))
 
 
 class FakePool:
     """Gateways in order of preference; a named holder comes first, if it takes work."""
 
     def __init__(self, *names: str) -> None:
-        self.options = FrontDoorOptions(gateway_wait_s=1.0)
+        self.options = FrontDoorOptions(gateway_wait_s=1.0, gateway_silence_s=0.04)
         self.listeners: set = set()
         self.sessions = [FakeSession(name) for name in names]
 
@@ -174,3 +178,61 @@ async def test_a_gateway_that_refuses_is_no_leg_of_the_route() -> None:
     await task
 
     assert flight.route == "b.1@0"
+
+
+async def submitted_at(session: FakeSession) -> Request:
+    """Wait until a gateway has a request."""
+    async with asyncio.timeout(10):
+        await session.has_work.wait()
+    return session.submitted[-1]
+
+
+async def test_gateways_that_are_lost_together_are_not_blamed_on_a_request() -> None:
+    pool = FakePool("a", "b", "c", "d")
+    flight = take_off(make_request(max_tokens=50), pool)
+    a, b, c, d = pool.sessions
+    task = await fly(
+        flight,
+        lambda: pool.lose(a, flight),
+        lambda: pool.lose(b, flight),
+        lambda: pool.sessions.remove(c),
+    )
+    request = await submitted_at(d)
+    task.cancel()
+
+    assert request.deaths == 2
+    assert not c.submitted  # it fell silent with them, which was known a moment later
+
+
+async def test_a_gateway_that_moves_a_request_and_is_gone_when_no_other_one_is_there() -> None:
+    pool = FakePool("a")
+    flight = take_off(make_request(max_tokens=50), pool)
+    (a,) = pool.sessions
+
+    def move_and_end() -> None:
+        flight.deliver(event(1, (), finish=FinishReason.MOVED))
+        pool.lose(a, flight)
+
+    task = await fly(flight, lambda: flight.deliver(event(0, (5,))), move_and_end)
+    pool.sessions.append(b := FakeSession("b"))
+    for look in list(pool.listeners):
+        look()
+    request = await submitted_at(b)
+    task.cancel()
+
+    assert request.emitted == ((5,),)
+
+
+async def test_what_another_call_has_taken_over_is_freed_where_that_call_does_not_look(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(flight_module, "_ABANDONED_S", 0.0)
+    pool = FakePool("a")
+    flight = take_off(make_request(max_tokens=50), pool)
+    (a,) = pool.sessions
+    task = await fly(flight, flight._superseded)
+    with pytest.raises(DuplicateRequestError):
+        await task
+    await asyncio.sleep(0)
+
+    assert a.let_go_of == [("r", GRANT + 1)]

@@ -216,7 +216,7 @@ def test_a_window_ends_when_somebody_comes_back() -> None:
 
 
 def test_an_ended_request_is_kept_and_the_oldest_is_forgotten_for_want_of_room() -> None:
-    bench = Bench(max_kept_tokens=3)
+    bench = Bench(max_kept_tokens=3 + len(ONE.prompt_token_ids))
     for number, name in enumerate("rst"):
         bench.clock.time_s = float(number)
         bench.holdings.submit(replace(ONE, request_id=name), bench.a)
@@ -246,6 +246,19 @@ def test_two_suspects_never_run_side_by_side() -> None:
         bench.holdings.submit(suspect, bench.a)
     bench.holdings.take([event(0, 5, finish=FinishReason.LENGTH)])
     bench.holdings.submit(suspect, bench.a)
+
+
+def test_a_suspect_that_has_come_far_keeps_no_other_one_waiting() -> None:
+    bench = Bench()
+    bench.holdings.submit(replace(ONE, deaths=2), bench.a)
+    other = replace(ONE, request_id="t", deaths=2)
+    bench.holdings.take([event(0, *range(5, 36))])
+    with pytest.raises(IsolatedError):
+        bench.holdings.submit(other, bench.b)
+
+    bench.holdings.take([event(31, 36)])
+    bench.holdings.submit(other, bench.b)
+    assert set(bench.worker.running) == {"r", "t"}
 
 
 def test_a_listener_that_was_held_up_itself_takes_nobody_for_silent() -> None:

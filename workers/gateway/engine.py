@@ -122,7 +122,8 @@ class GatewayEngine:
                 raise DuplicateRequestError(f"request {request.request_id} is running here already")
             room = self._options.max_waiting + self._scheduler.states.num_free
             waiting = self._scheduler.num_fresh
-            if waiting + request.num_sequences > room and not any(request.emitted):
+            was_begun = any(request.emitted) or request.deaths > 0
+            if waiting + request.num_sequences > room and not was_begun:
                 raise OverloadedError(
                     f"{waiting} sequences wait here; there is no room for "
                     f"{request.num_sequences} more",

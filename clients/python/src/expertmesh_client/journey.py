@@ -49,6 +49,7 @@ class Journey(Generic[AnyRequest]):
         self._token_ids: list[list[int]] = [[] for _ in range(max(1, num_sequences))]
         self._finishes: dict[int, Finish] = {}
         self._is_cancelled = False
+        self._is_admitted = False  # a stream has begun
 
     @property
     def is_complete(self) -> bool:
@@ -64,6 +65,8 @@ class Journey(Generic[AnyRequest]):
         for index, token_ids in enumerate(self._token_ids):
             if token_ids:
                 request.resume_from.add(sequence_index=index, token_ids=token_ids)
+        if self._is_admitted and not request.resume_from:
+            request.resume_from.add(sequence_index=0)  # so that no full queue refuses it now
         return Attempt(request, self._retries.target, self._retries.begin(now_s))
 
     def take(self, response: Response, now_s: float) -> Update | None:
@@ -72,6 +75,7 @@ class Journey(Generic[AnyRequest]):
         Raises:
             BrokenStreamError: Its tokens do not follow on those before.
         """
+        self._is_admitted = True
         if response.HasField("seed"):
             self._take_seed(response.seed)
         update = update_of(response)
