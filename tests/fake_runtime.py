@@ -79,9 +79,9 @@ class FakeRuntime:
         self.specs.pop(process)
         self._events.append(Died(process, "crashed"))
 
-    def say(self, process: ProcessId, method: str) -> None:
+    def say(self, process: ProcessId, method: str, value: object = None) -> None:
         """Answer a call that was muted."""
-        self._events.append(Returned(process, method, None))
+        self._events.append(Returned(process, method, value))
 
     def leave(self, process: ProcessId) -> None:
         """Say that the node of a process is about to go."""

@@ -133,7 +133,7 @@ class Controller:
             return
         for event in self._runtime.poll():
             self._hear(event)
-        if not self._stopping:
+        if not self._stopping and not self._trouble:  # else it is long ago that anybody was heard
             self._roll()
             self._scale_by_load()
             self._staff()
@@ -259,6 +259,7 @@ class Controller:
             case Died(process, reason):
                 self._end(life, f"{process}: {reason}", dead=process)
             case Leaving(_, reason):
+                life.missed = False
                 if not life.leaving:
                     self._dismiss(life, reason)
             case _:
@@ -278,6 +279,9 @@ class Controller:
     def _hear_pulse(self, life: Life, process: ProcessId, pulse: Pulse) -> None:
         life.asked.discard(process)
         life.heard_s[process] = self._clock.now_s()
+        if life.missed:
+            life.leaving = life.missed = False
+            _log.info("member is back", member=str(life.member.id))
         life.pulses[process] = replace(pulse, load=None)
         if isinstance(pulse.load, LoadReport):
             self._distributor.hear(life.member.cell, pulse.load, self._clock.now_s())
@@ -444,7 +448,7 @@ class Controller:
     def _count_of(self, role: Role) -> int:
         """Return how many of a role are to serve: as wanted, or more while those are too small."""
         wanted, model = self._wanted[role], self._book.model
-        if role is not Role.EXPERT_WORKER or not any(self._book.held().values()):
+        if role is not Role.EXPERT_WORKER or not any(map(self._book.has_any, self._lives)):
             return wanted
         return enough_workers(
             self._lives.values(), wanted, self._desired, model.num_layers * model.num_experts
@@ -523,6 +527,10 @@ class Controller:
     def _watch(self) -> None:
         """Give up whoever is silent, and whoever never gets on; first who is needed is replaced."""
         now_s = self._clock.now_s()
+        if self._trouble:  # nobody was asked anything meanwhile
+            for life in self._lives.values():
+                life.start_over(now_s)
+            return
         alone = is_alone(self._lives.values(), self._options, now_s)
         for life in list(self._lives.values()):
             silent_s, loading_s = life.silent_s(now_s), life.loading_s(now_s)
@@ -534,6 +542,7 @@ class Controller:
                 if self._is_spare(life, now_s):
                     self._end(life, reason)
                 elif not life.leaving:
+                    life.missed = is_lost
                     self._dismiss(life, f"{reason}; others load what it alone holds")
             elif life.awaited and now_s - life.since_s > self._options.phase_s:
                 self._end(life, f"{life.phase.value} took over {self._options.phase_s:g} s")

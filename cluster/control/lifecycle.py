@@ -81,6 +81,7 @@ class Life:
     leaving: bool = False
     relieved: bool = False
     loads_since_s: float | None = None  # while it serves
+    missed: bool = False  # leaves for its silence alone: until it is heard again
 
     @property
     def role(self) -> Role:
@@ -115,6 +116,12 @@ class Life:
     def loading_s(self, now_s: float) -> float:
         """Return for how long it has loaded experts while it serves; 0 while it does not."""
         return 0.0 if self.loads_since_s is None else now_s - self.loads_since_s
+
+    def start_over(self, now_s: float) -> None:
+        """Count its silence and the time of what it does from now on."""
+        self.heard_s = dict.fromkeys(self.heard_s, now_s)
+        self.since_s = now_s
+        self.loads_since_s = None if self.loads_since_s is None else now_s
 
     def next_phase(self) -> Phase:
         """Return the phase that follows."""

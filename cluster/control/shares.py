@@ -47,10 +47,13 @@ class ShareWindow:
                     self.latest = Shares(busy=busy, queue_age_s=age_s)
             case GatewayStats():
                 step_s, num_steps = stats.step_s - self._step_s, stats.steps - self._steps
+                if stats.running and not num_steps:
+                    self._seen_s = before_s  # a step is under way
+                    return
                 waiting = _share(stats.dispatch_wait_s - self._wait_s, step_s)
                 self._step_s, self._wait_s = stats.step_s, stats.dispatch_wait_s
                 self._steps = stats.steps
-                if passed_s:  # without a step there is no load
+                if passed_s:  # without sequences there is no load
                     mean_s = step_s / max(num_steps, 1)
                     self.latest = Shares(
                         waiting=keep * self.latest.waiting + (1 - keep) * waiting,

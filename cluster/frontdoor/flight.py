@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from enum import Enum
-from functools import partial
 from typing import NoReturn
 
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
 from cluster.frontdoor.ownership import Ownership
 from cluster.frontdoor.tenure import Tenure
+from workers.clock import Clock, SystemClock
 from workers.errors import (
     DrainingError,
     DuplicateRequestError,
@@ -26,7 +26,6 @@ from workers.types import FinishReason, SnapshotPlace, TokenEvent
 ROUTE_KEY = "expertmesh-route"  # of a call's trailing metadata; see `Flight.route`
 
 _MOST_LEGS = 32  # that are told: metadata has its bounds
-_ABANDONED_S = 10.0  # in which whoever has taken a request over reaches the gateway that runs it
 _PLACES = 4  # remembered of each sequence; a holder keeps two
 _SILENCES = 1.25  # of a gateway, until all that fell silent with another one are known to be lost
 
@@ -47,10 +46,13 @@ class Flight:
     what an older one still sends is dropped.
     """
 
-    def __init__(self, job: Job, pool: GatewayPool, ownership: Ownership) -> None:
+    def __init__(
+        self, job: Job, pool: GatewayPool, ownership: Ownership, clock: Clock | None = None
+    ) -> None:
         request = self._request = job.request
         self.request_id = request.request_id
         self._pool = pool
+        self._clock = clock or SystemClock()
         self._tenure = Tenure(job, pool, ownership, on_lost=self._superseded, on_cancel=self.cancel)
         self._notices: asyncio.Queue[tuple[int, TokenEvent | ExpertmeshError | _Notice]]
         self._notices = asyncio.Queue()
@@ -62,7 +64,7 @@ class Flight:
         self._refused_by: set[MemberId] = set()
         self._places: dict[int, list[SnapshotPlace]] = {}  # by sequence, the newest last
         self._legs: list[tuple[MemberId, int]] = []
-        self._is_admitted = any(request.emitted)
+        self._is_admitted = job.is_resumed
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
         self._lost_s: float | None = None  # when a gateway was lost last
@@ -155,7 +157,7 @@ class Flight:
         if self._lost_s is None:
             return 0.0
         until_s = self._lost_s + self._pool.options.gateway_silence_s * _SILENCES
-        return until_s - asyncio.get_running_loop().time()
+        return until_s - self._clock.now_s()
 
     def _submit(self) -> None:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
@@ -239,14 +241,9 @@ class Flight:
         return []
 
     def _lose(self) -> NoReturn:
-        """Leave the request to the call that has taken it over, and its gateway too.
-
-        That call may not know of this gateway: what nobody has come for is freed.
-        """
+        """Leave the request to the call that has taken it over, and its gateway too."""
         if self._session is not None:
             self._session.leave(self, has_ended=True)
-            free = partial(self._session.let_go, self.request_id, self.assignment)
-            asyncio.get_running_loop().call_later(_ABANDONED_S, free)
         self._session = None
         raise DuplicateRequestError(f"request {self.request_id} goes on in a later call")
 
@@ -254,7 +251,7 @@ class Flight:
         assert self._session is not None
         self._tenure.lost_at(self._session.member.id, self._fewest_tokens())
         self._session, self._is_admitted = None, True
-        self._deadline_s, self._lost_s = None, asyncio.get_running_loop().time()
+        self._deadline_s, self._lost_s = None, self._clock.now_s()
 
     def _refuse(self, error: ExpertmeshError) -> None:
         """Try another gateway, where that may help; else raise the refusal."""

@@ -491,6 +491,24 @@ def test_a_silent_worker_whose_experts_nobody_else_has_room_for_is_kept_until_a_
     assert bench.controller.status().ready
 
 
+def test_a_silent_worker_that_is_heard_again_stays() -> None:
+    bench = Bench(workers=3, floor=1, slots=4)
+    bench.ticks()
+    (frozen,) = bench.runtime.named("expert_worker-1")
+    bench.runtime.mute.add((frozen, "pulse"))
+    bench.runtime.answers["open"] = no_room
+    bench.ticks(60)
+    (status,) = [m for m in bench.controller.status().members if m.member.id == frozen.member]
+    assert status.leaving
+
+    bench.runtime.mute.clear()
+    bench.runtime.say(frozen, "pulse", Pulse(ready=True))  # the one that it was asked for
+    bench.ticks(20)
+    (status,) = [m for m in bench.controller.status().members if m.member.id == frozen.member]
+    assert not status.leaving
+    assert bench.controller.status().ready
+
+
 def test_a_worker_whose_load_never_ends_is_replaced_by_one_that_loads() -> None:
     options = ControllerOptions(phase_s=20.0)
     bench = Bench(workers=3, floor=1, options=options)

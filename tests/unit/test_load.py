@@ -219,3 +219,16 @@ def test_a_gateway_without_steps_is_less_and_less_loaded() -> None:
     window.note(GatewayStats(steps=10, step_s=20.0, dispatch_wait_s=10.0), 105.0)
     assert window.latest.step_s == pytest.approx(busy.step_s / 2)
     assert window.latest.waiting == pytest.approx(busy.waiting / 2)
+
+
+def test_a_step_that_lasts_over_several_pulses_counts_whole() -> None:
+    window = ShareWindow(half_life_s=5.0)
+    window.note(GatewayStats(running=1), 0.0)
+    for number in range(1, 60):
+        steps = number // 4
+        window.note(
+            GatewayStats(running=1, steps=steps, step_s=2.0 * steps, dispatch_wait_s=number / 2.0),
+            0.5 * number,
+        )
+    assert window.latest.step_s == pytest.approx(2.0, rel=0.05)
+    assert window.latest.waiting == pytest.approx(1.0, rel=0.05)

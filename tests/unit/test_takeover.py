@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.control.ports import Opened, ProcessId
+from cluster.control.ports import Opened, ProcessId, Pulse
 from tests.unit.test_controller import Bench
 from workers.errors import UnavailableError
 from workers.placement import MemberState, Role
@@ -36,6 +36,32 @@ def test_a_death_while_the_journal_is_away_is_mended_when_it_is_back() -> None:
     bench.ticks(20)
     assert bench.controller.status().ready
     assert len(bench.workers()) == 4  # also what was asked for meanwhile
+
+
+def test_nobody_is_given_up_for_a_silence_in_which_nobody_was_asked() -> None:
+    bench = Bench(workers=4, floor=2)
+    bench.ticks()
+    append = bench.journal.append
+
+    def full(record) -> None:
+        raise OSError("no space left")
+
+    bench.journal.append = full
+    (victim,) = bench.runtime.named("expert_worker-1")
+    bench.runtime.die(victim)
+    bench.ticks(200)  # a minute
+    living = set(bench.runtime.specs)
+    slow = bench.runtime.named("gateway-0")
+    bench.runtime.mute |= {(process, "pulse") for process in slow}
+
+    bench.journal.append = append
+    bench.ticks(10)
+    assert living <= bench.runtime.specs.keys()
+    bench.runtime.mute.clear()
+    for process in slow:
+        bench.runtime.say(process, "pulse", Pulse(ready=True))
+    bench.ticks(20)
+    assert bench.controller.status().ready
 
 
 class Crash(Exception):  # noqa: N818 - not an error of the product
