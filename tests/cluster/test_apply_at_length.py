@@ -8,7 +8,7 @@ import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -95,35 +95,48 @@ def test_a_changed_file_and_a_lost_head_are_answered_by_applying_again() -> None
 def test_a_node_that_is_told_to_end_is_left_in_time_and_nothing_is_lost(taken_over: bool) -> None:
     changes = {
         "experts.workers": 4, "experts.floor": 1, "control.allow_chaos": True,
-        "experts.resources": {"expert_slot": 4},  # four find room on the head, two on the node
+        "experts.resources": {"expert_slot": 4},  # two find room on each node
+        "gateways.resources": {"gateway": 1}, "front_doors.resources": {"frontdoor": 1},
     }  # fmt: skip
     options = ChaosOptions(counts={}, concurrency=4, seed=7)
-    with site(**changes) as cluster:
-        node = cluster.head.join_in_foreground(
-            "127.0.0.2", {"expert_slot": 8},
-            RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=str(DRAIN_S),
-        )  # fmt: skip
+    with site(resources={**RESOURCES, "expert_slot": 8}, **changes) as cluster:
+        nodes = []
+
+        def join(host: str) -> subprocess.Popen:
+            environment = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S)}
+            nodes.append(cluster.head.join_in_foreground(host, {"expert_slot": 8}, **environment))
+            return nodes[-1]
+
         try:
-            report = leave_under_load(cluster, node, options, taken_over=taken_over)
+            report = leave_under_load(cluster, join, options, taken_over=taken_over)
         finally:
-            node.kill()
-            node.wait(30)
+            for node in nodes:
+                node.kill()
+                node.wait(30)
             cluster.down()
     assert report["passed"], report
 
 
 def leave_under_load(
-    cluster: Site, node: subprocess.Popen, options: ChaosOptions, *, taken_over: bool
+    cluster: Site,
+    join: Callable[[str], subprocess.Popen],
+    options: ChaosOptions,
+    *,
+    taken_over: bool,
 ) -> dict:
+    """Have the node end on which half of the workers run, with room on another one."""
+    node = join("127.0.0.2")
     started = cluster.apply()
     assert started.returncode == 0, started.stderr
+    join("127.0.0.3")
 
     async def script(saboteur: Saboteur) -> None:
         whole = await saboteur.whole()
         before = {m.name: m.node for m in whole.view.members if m.pid}
         at_head = {n for name, n in before.items() if name.startswith("gateway")}
         away = {name for name, n in before.items() if n not in at_head}
-        assert away, "no worker came to the node"
+        (ending,) = {before[name] for name in away}
+        assert len(away) == 2
         if taken_over:
             (controller,) = [m for m in whole.view.members if m.role == cluster_pb2.ROLE_CONTROLLER]
             os.kill(controller.pid, signal.SIGKILL)
@@ -133,7 +146,7 @@ def leave_under_load(
             await asyncio.to_thread(node.wait, DRAIN_S)
         after = (await saboteur.whole()).view.members
         workers = [m for m in after if m.role == cluster_pb2.ROLE_EXPERT_WORKER]
-        assert {m.node for m in workers} <= at_head
+        assert ending not in {m.node for m in after}
         assert len(workers) == 4
 
     run = asyncio.run(run_script(cluster.endpoint, options, script, clock=SystemClock()))
