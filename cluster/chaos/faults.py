@@ -159,6 +159,10 @@ class Saboteur:
             await asyncio.sleep(_POLL_S)
         raise UnavailableError(f"not whole after {_RECOVERY_S:g} s: {'; '.join(reasons)}")
 
+    def must_end(self, pids: Collection[int]) -> None:
+        """Note the processes of a member that ends: the cluster is whole once they have gone."""
+        self._mortal.update(pids)
+
     @contextlib.asynccontextmanager
     async def fault(self, kind: str, members: tuple[str, ...]) -> AsyncIterator[None]:
         """Note what is done inside as a fault, then wait until the cluster is whole."""
@@ -236,7 +240,7 @@ class Saboteur:
         for victim in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process_of(victim), signal.SIGKILL)
-            self._mortal.update(victim.pids)
+            self.must_end(victim.pids)
         return tuple(f"{v.name}.{v.incarnation}" for v in victims)
 
     async def _freeze(self, victim: pb.Member) -> tuple[str, ...]:

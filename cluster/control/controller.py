@@ -119,18 +119,26 @@ class Controller:
 
     def tick(self) -> None:
         """Do one round: hear, decide, journal, act; without a journal nothing is done."""
+        if self._superseded or self._refusal:
+            return
         try:
-            self._round()
+            is_kept = self._decide()
         except OSError as error:
             if not self._trouble:
                 _log.exception("the journal cannot be used")
-            self._trouble = f"the journal cannot be used, nothing is decided until then: {error}"
-        else:
-            self._trouble = ""
-
-    def _round(self) -> None:
-        if self._superseded or self._refusal or not self._still_leads():
+            self._trouble = f"the journal cannot be used: {error}; nothing is decided until it can"
             return
+        self._trouble = ""
+        if is_kept:
+            self._send()
+            self._provide()
+            self._ask_pulses()
+            self._send()
+
+    def _decide(self) -> bool:
+        """Hear, decide and journal; False when another controller has taken over."""
+        if not self._still_leads():
+            return False
         for event in self._runtime.poll():
             self._hear(event)
         if not self._stopping and not self._trouble:  # else it is long ago that anybody was heard
@@ -140,17 +148,13 @@ class Controller:
             self._assign()
         self._advance()
         self._watch()
-        if not self._publish():
-            return
-        self._send()
-        self._provide()
-        self._ask_pulses()
-        self._send()
+        return self._publish()
 
     def scale(self, role: Role, count: int) -> int:
         """Set how many members of a role are wanted; returns how many were before.
 
-        Raises RefusedError when so many could not serve every expert, or are too many.
+        Raises RefusedError when so many could not serve every expert, or are too many, and
+        UnavailableError when it could not be journalled.
         """
         self._check_count(role, count)
         self._check_bounds(role, count)
@@ -163,7 +167,7 @@ class Controller:
     def drain(self, name: str) -> MemberId:
         """Have one member leave for good, with one less wanted; a standby is replaced.
 
-        Raises NotFoundError for a name that nobody has, RefusedError as `scale` does.
+        Raises NotFoundError for a name that nobody has, and what `scale` does.
         """
         named = [x for x in self._lives.values() if name in {x.member.id.name, str(x.member.id)}]
         for life in named:
@@ -603,7 +607,7 @@ class Controller:
             act()
 
     def _commit(self) -> None:
-        """Journal what an operator has asked for; raises RefusedError where that is in vain."""
+        """Journal what an operator has asked for; raises UnavailableError where that fails."""
         try:
             is_kept = self._publish()
         except OSError as error:

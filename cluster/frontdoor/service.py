@@ -214,7 +214,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def _check_early(self, request: translate.AnyRequest) -> None:
         """Refuse what needs no tokens to be refused."""
         self._check_model(request.model)
-        self._parts.admission.check_room(is_resumed=_is_resumed(request))
+        self._parts.admission.check_room(is_resumed=translate.is_resumed(request))
 
     def _render(self, request: inference_pb2.ChatRequest, tools: list[dict[str, Any]]) -> str:
         if self._model.template is None:
@@ -287,10 +287,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             finally:
                 if self._flights.get(key) is flight:  # else a later call has taken it over
                     del self._flights[key]
-
-
-def _is_resumed(request: translate.AnyRequest) -> bool:
-    return bool(request.resume_from)  # its client has heard that it was admitted
 
 
 class _Timing:

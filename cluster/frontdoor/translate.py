@@ -124,7 +124,7 @@ def job_of(
         ),
         stop_strings=tuple(stopping.stop_strings),
         is_named=bool(message.request_id),
-        takes_over=bool(message.resume_from),
+        takes_over=is_resumed(message),
         prompt_field=_prompt_field(message),
     )
 
@@ -152,6 +152,11 @@ def _sampling_of(message: inference_pb2.Sampling, default: Sampling, seed: int) 
         seed=message.seed if message.HasField("seed") else seed,
         logit_bias=tuple(sorted(message.logit_bias.items())),
     )
+
+
+def is_resumed(message: AnyRequest) -> bool:
+    """Whether its client has lost a stream of it, and so has heard that it was admitted."""
+    return bool(message.resume_from)
 
 
 def _emitted_of(

@@ -11,7 +11,6 @@ streams, each behind the one before it, meet one kill. They are replayed as well
 
 import argparse
 import asyncio
-import contextlib
 import os
 import random
 import signal
@@ -26,7 +25,6 @@ from typing import Any
 
 import grpc
 import orjson
-import psutil
 from rich.console import Console
 
 from cluster.chaos.doors import Doors
@@ -57,7 +55,6 @@ REACH_TOKENS = 8  # before and after the furthest target, among which the best m
 MOST_KILLS = 250
 POLL_S = 0.5
 METRICS_S = 10.0
-LEFT_S = 30.0  # in which the other ranks of a killed gateway end
 
 
 def arguments() -> argparse.Namespace:
@@ -109,34 +106,8 @@ def pids_of(member: pb.Member) -> list[int]:
     return list(member.pids) or [member.pid]
 
 
-def processes_of(member: pb.Member) -> list[psutil.Process]:
-    """Return the processes of a gateway that are there."""
-    found = []
-    for pid in pids_of(member):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(psutil.Process(pid))
-    return found
-
-
-def is_left(process: psutil.Process) -> bool:
-    """Whether it still runs; a process that came later under its number is another one."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-async def num_left(processes: list[psutil.Process]) -> int:
-    """Return how many of the processes that should have ended still run after a while."""
-    for _ in range(int(LEFT_S / POLL_S)):
-        if not any(is_left(process) for process in processes):
-            break
-        await asyncio.sleep(POLL_S)
-    return sum(is_left(process) for process in processes)
-
-
-async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, census: Census) -> int:
-    """Kill and drain gateways in a random order; return how many of their processes are left."""
-    ended = []
+async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, census: Census) -> None:
+    """Kill and drain gateways in a random order."""
     draw = random.Random(options.seed)
     kinds = [KILL] * options.kills + ["drain gateway"] * options.drains
     draw.shuffle(kinds)
@@ -145,7 +116,7 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
         await asyncio.sleep(draw.uniform(0.5, 3.0))
         victim = draw.choice(serving(await saboteur.whole()))
         name = f"{victim.name}.{victim.incarnation}"
-        ended += processes_of(victim)
+        saboteur.must_end(pids_of(victim))
         async with saboteur.fault(kind, (name,)):
             if kind == KILL:
                 os.kill(draw.choice(pids_of(victim)), signal.SIGKILL)
@@ -159,13 +130,11 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
                 await saboteur.whole(without=(name,))
     following.cancel()
     census.note(await saboteur.status())
-    return await num_left(ended)
 
 
 def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
     chaos = ChaosOptions(counts={}, seed=options.seed)
     census = Census()
-    left = 0
 
     def progress(done: Done) -> None:
         print(
@@ -173,16 +142,12 @@ def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
         )
 
     async def script(saboteur: Saboteur) -> None:
-        nonlocal left
         async with grpc.aio.insecure_channel(endpoint) as channel:
-            left = await harm(saboteur, options, ClusterServiceStub(channel), census)
+            await harm(saboteur, options, ClusterServiceStub(channel), census)
 
     run = asyncio.run(run_script(endpoint, chaos, script, clock=SystemClock(), progress=progress))
     report = report_of(run, chaos, demo_model_path(), bit_stable=options.bit_stable)
-    report["passed"] = report["passed"] and not left
-    return report | {
-        "gateways": census.total(), "indices": indices_of(run), "processes_left": left,
-    }  # fmt: skip
+    return report | {"gateways": census.total(), "indices": indices_of(run)}
 
 
 def indices_of(run: Run) -> list[int]:
@@ -285,10 +250,9 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Kill:
-    """A gateway that was killed, its processes and streams, and all streams of that cohort."""
+    """A gateway that was killed, its streams, and all streams of that cohort."""
 
     gateway: str
-    processes: list[psutil.Process]
     hit: list[Stream]
     streams: list[Stream]
 
@@ -300,23 +264,22 @@ async def one_kill(
     members = serving(await saboteur.whole())
     cohort = Cohort(stub, missing, asks)
     victims: list[pb.Member] = []
-    processes: list[psutil.Process] = []
 
     async def choose() -> int | None:
         busy = [m for m in members if await is_busy(m)]
         if not busy:  # all have ended meanwhile
             return None
         victims.append(draw.choice(busy))
-        processes.extend(processes_of(victims[0]))
+        saboteur.must_end(pids_of(victims[0]))
         return draw.choice(pids_of(victims[0]))
 
     await cohort.run(choose)
     if not victims:
-        return Kill("", [], [], cohort.streams)
+        return Kill("", [], cohort.streams)
     victim = f"{victims[0].name}.{victims[0].incarnation}"
     await saboteur.whole(without=(victim,))
     hit = [s for s in cohort.streams if (s.answer.left_at(victim) or -1) >= s.at]
-    return Kill(victim, processes, hit, cohort.streams)
+    return Kill(victim, hit, cohort.streams)
 
 
 async def is_busy(member: pb.Member) -> bool:
@@ -338,8 +301,8 @@ def wanted_indices(options: argparse.Namespace) -> set[int]:
     return set(range(1, TOKENS, options.every)).difference(before)
 
 
-async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> tuple[list[Kill], int]:
-    """Kill until there was a stream at every token; returns what was done, and what is left."""
+async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> list[Kill]:
+    """Kill until there was a stream at every token; returns what was done."""
     draw = random.Random(options.seed)
     doors = Doors(endpoint, seed=options.seed)
     kills: list[Kill] = []
@@ -354,11 +317,10 @@ async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> tuple[l
             hit = {stream.at: round(stream.stall_s, 3) for stream in kills[-1].hit}
             missing -= set(hit)
             print(f"{kills[-1].gateway}, stalls in s: {hit}; {len(missing)} left", flush=True)
-        left = await num_left([process for kill in kills for process in kill.processes])
-    return kills, left
+    return kills
 
 
-def report_of_indices(kills: list[Kill], left: int, options: argparse.Namespace) -> dict[str, Any]:
+def report_of_indices(kills: list[Kill], options: argparse.Namespace) -> dict[str, Any]:
     """Judge the streams: every token once and right, and one at every index at a kill."""
     answers = [stream.answer for kill in kills for stream in kill.streams]
     problems = problems_of(answers)
@@ -378,8 +340,7 @@ def report_of_indices(kills: list[Kill], left: int, options: argparse.Namespace)
         "wrong": wrong,
         "explained": sum(m.is_explained for verdict in verdicts for m in verdict.mismatches),
         "stall_ms": {f"p{p}": 1000 * percentile(stalls_s, p) for p in (50, 90, 99, 100)},
-        "processes_left": left,
-        "passed": not (missing or wrong or problems.count or left) and bool(verdicts),
+        "passed": not (missing or wrong or problems.count) and bool(verdicts),
     }
 
 
@@ -398,8 +359,8 @@ def main() -> None:
         if options.what == "load":
             report = run_load(options, cluster.endpoint)
         else:
-            kills, left = asyncio.run(kill_at_indices(options, cluster.endpoint))
-            report = report_of_indices(kills, left, options)
+            kills = asyncio.run(kill_at_indices(options, cluster.endpoint))
+            report = report_of_indices(kills, options)
     report |= {"options": {k: str(v) for k, v in vars(options).items()}}
     if options.what == "load":
         Console(highlight=False, width=120).print(table_of(report))
