@@ -155,7 +155,7 @@ class Saboteur:
                     and not self._survivors()
                 ):
                     return status
-                reasons = status.reasons
+                reasons = [*status.reasons, *(f"process {p} lives" for p in self._mortal)]
             await asyncio.sleep(_POLL_S)
         raise UnavailableError(f"not whole after {_RECOVERY_S:g} s: {'; '.join(reasons)}")
 

@@ -116,9 +116,9 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
         await asyncio.sleep(draw.uniform(0.5, 3.0))
         victim = draw.choice(serving(await saboteur.whole()))
         name = f"{victim.name}.{victim.incarnation}"
-        saboteur.must_end(pids_of(victim))
         async with saboteur.fault(kind, (name,)):
             if kind == KILL:
+                saboteur.must_end(pids_of(victim))
                 os.kill(draw.choice(pids_of(victim)), signal.SIGKILL)
                 await saboteur.whole(without=(name,))
             else:
@@ -127,6 +127,7 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
                 )
                 await saboteur.whole()
                 await stub.Drain(pb.DrainRequest(member=name), timeout=15)
+                saboteur.must_end(pids_of(victim))
                 await saboteur.whole(without=(name,))
     following.cancel()
     census.note(await saboteur.status())
