@@ -107,6 +107,10 @@ class GatewaySection(ProcessSection):
     """Recurrent states a rank that are kept; 0 takes room for as many as max_sequences."""
     prefix_states_on_host: bool = False
     """Keep these states in host memory instead of the GPU's."""
+    prefix_fetch_tokens: Count = 1024
+    """Fetch what another gateway keeps of a prompt where that spares more tokens than this, which
+    stands for the cost of fetching: the tokens that a gateway computes in the time it takes to get
+    one state and its KV. 0 fetches nothing; nor is anything fetched in bit-stable mode."""
 
 
 class ExpertSection(ProcessSection):

@@ -17,11 +17,13 @@ from cluster.ownership.holdings import Holdings, ServingGateway
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from cluster.snapshots import SnapshotServicer, SnapshotSource
 from workers.clock import Clock, SystemClock
-from workers.errors import ExpertmeshError, IsolatedError
+from workers.errors import ExpertmeshError, IsolatedError, StaleAssignmentError
 from workers.gateway.snapshot import Snapshot, Stamp
 from workers.types import Request, SnapshotPlace, TokenEvent
 
 _log = structlog.get_logger()
+
+_LAST_WORD_S = 0.2  # for what front doors are told last
 
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -94,6 +96,8 @@ class GatewayEndpoint:
 
     async def close(self) -> None:
         """End every stream and stop listening; what was kept is freed."""
+        if self._servicer.refuse_waiting():
+            await asyncio.sleep(_LAST_WORD_S)
         if self._server is not None:
             await self._server.stop(grace=None)
         self._servicer.close()
@@ -186,7 +190,7 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
                 self._stop_fetching(command.abort.request_id, command.abort.assignment)
                 self._holdings.abort(command.abort.request_id, command.abort.assignment)
             case "detach":
-                self._stop_fetching(command.detach.request_id, command.detach.assignment)
+                self._begin_without(command.detach.request_id, command.detach.assignment)
                 self._holdings.detach(command.detach.request_id, command.detach.assignment)
             case "claim" if command.claim.assignment:
                 self._tell(self._directory.renew(wire.claim_of(command.claim, session.front_door)))
@@ -211,7 +215,13 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
         """Run or attach a request, after fetching its snapshots if it names some."""
         request = wire.request_of(command)
         self._stop_fetching(request.request_id, request.assignment)
-        if self._source is None or not request.snapshots or request.request_id in self._holdings:
+        if (newer := self._fetching.get(request.request_id)) is not None:
+            held = newer.request.assignment
+            stale = StaleAssignmentError(f"assignment {held} of the request is here", held)
+            session.refuse(request.request_id, request.assignment, stale)
+            return
+        is_elsewhere = request.snapshots or request.prefix
+        if self._source is None or not is_elsewhere or request.request_id in self._holdings:
             self._begin(request, session, {})
             return
         try:
@@ -220,7 +230,7 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
             session.refuse(request.request_id, request.assignment, error)
             return
         task = asyncio.create_task(self._fetch_and_begin(self._source, request, session))
-        self._fetching[request.request_id] = _Fetch(request.assignment, session, task)
+        self._fetching[request.request_id] = _Fetch(request, session, task)
 
     async def _fetch_and_begin(
         self, source: SnapshotSource, request: Request, session: "_Session"
@@ -236,9 +246,27 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
     def _stop_fetching(self, request_id: str, assignment: int | None = None) -> None:
         """Forget a request that waits for its snapshots, unless a newer assignment of it does."""
         fetch = self._fetching.get(request_id)
-        if fetch is not None and (assignment is None or fetch.assignment <= assignment):
+        held = fetch.request.assignment if fetch is not None else 0
+        if fetch is not None and (assignment is None or held <= assignment):
             del self._fetching[request_id]
             fetch.task.cancel()
+
+    def _begin_without(self, request_id: str, assignment: int | None = None) -> None:
+        """Forget a request that waits for its snapshots, or let it begin if it is to go on."""
+        fetch = self._fetching.get(request_id)
+        self._stop_fetching(request_id, assignment)
+        if fetch is None or request_id in self._fetching:
+            return
+        if fetch.request.resume_window_s and fetch.request.prefix is not None:
+            self._begin(fetch.request, fetch.session, {})
+
+    def refuse_waiting(self) -> bool:
+        """Send away who waits for snapshots, once the gateway takes no more; whether any did."""
+        waiting = list(self._fetching.values())
+        for fetch in waiting:
+            self._stop_fetching(fetch.request.request_id)
+            self._begin(fetch.request, fetch.session, {})
+        return bool(waiting)
 
     def _begin(
         self, request: Request, session: "_Session", snapshots: Mapping[int, Snapshot]
@@ -284,7 +312,7 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
         session.end()
         for request_id, fetch in list(self._fetching.items()):
             if fetch.session is session:
-                self._stop_fetching(request_id)
+                self._begin_without(request_id)
         if self._sessions.get(session.front_door) is session:
             del self._sessions[session.front_door]
             self._directory.front_door_gone(session.front_door, self._clock.now_s())
@@ -326,7 +354,7 @@ class _Servicer(gateway_pb2_grpc.GatewayServiceServicer):
 class _Fetch:
     """A request that waits for its snapshots."""
 
-    assignment: int
+    request: Request
     session: "_Session"
     task: asyncio.Task[None]
 

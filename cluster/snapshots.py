@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 import structlog
@@ -21,6 +21,7 @@ from workers.types import Request
 _PIECE_BYTES = 2**20  # of keys and values, and of states: together below a message's limit
 _KEEP_S = 5.0
 _FETCH_S = 10.0
+_PREFIX_S = 5.0  # for a prefix; the request that wants it can be computed without
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 5000),
@@ -31,12 +32,28 @@ _log = structlog.get_logger()
 _Result = TypeVar("_Result")
 
 
-class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
-    """Says where other gateways' snapshots are taken, and gives them back."""
+class PrefixGiver(Protocol):
+    """Sends what the prefix cache keeps; see `PrefixSender`."""
 
-    def __init__(self, store: SnapshotStore, keeper: SnapshotKeeper) -> None:
+    async def send(self, digest: int, name: str, receiver: Holder, most_bytes: int) -> bool:
+        """Return whether a prefix is whole at its receiver."""
+        ...
+
+
+class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
+    """Says where other gateways' snapshots are taken, and gives them and prefixes back."""
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        keeper: SnapshotKeeper,
+        prefixes: PrefixGiver,
+        find: Callable[[str], Holder | None],
+    ) -> None:
         self._store = store
         self._keeper = keeper
+        self._prefixes = prefixes
+        self._find = find
 
     async def Keep(
         self,
@@ -63,6 +80,20 @@ class SnapshotServicer(gateway_pb2_grpc.SnapshotServiceServicer):
             for number, (kv, states) in enumerate(_pieces(data)):
                 beside = None if number else head
                 yield gateway_pb2.FetchResponse(head=beside, kv=kv, states=states)
+
+    async def SendPrefix(
+        self,
+        request: gateway_pb2.SendPrefixRequest,
+        context: grpc.aio.ServicerContext[
+            gateway_pb2.SendPrefixRequest, gateway_pb2.SendPrefixResponse
+        ],
+    ) -> gateway_pb2.SendPrefixResponse:
+        """Send a prefix to a gateway of the View, wherever that one listens."""
+        receiver = self._find(request.receiver)
+        is_whole = receiver is not None and await self._prefixes.send(
+            request.digest, request.name, receiver, request.most_bytes
+        )
+        return gateway_pb2.SendPrefixResponse(is_whole=is_whole)
 
 
 class SnapshotClient:
@@ -111,6 +142,23 @@ class SnapshotClient:
             return None
         return Snapshot(stamp=shards[0].stamp, shards=tuple(shard.data for shard in shards))
 
+    async def send_prefix(
+        self, holder: Holder, digest: int, name: str, receiver: str, most_bytes: int
+    ) -> bool:
+        """Have a gateway send a prefix that it keeps; return whether the receiver has it.
+
+        Raises OSError when it is out of reach, or late.
+        """
+        request = gateway_pb2.SendPrefixRequest(
+            digest=digest, name=name, receiver=receiver, most_bytes=most_bytes
+        )
+        try:
+            with _let_go(holder):
+                answer = await self._stub(holder.endpoint).SendPrefix(request, timeout=_PREFIX_S)
+        except grpc.aio.AioRpcError as error:
+            raise OSError(f"{holder.member} is out of reach: {error.details()}") from error
+        return answer.is_whole
+
     async def let_go(self, endpoints: Collection[str]) -> None:
         """Close the channels to all but these."""
         for endpoint in self._channels.keys() - set(endpoints):
@@ -123,17 +171,36 @@ class SnapshotClient:
         return gateway_pb2_grpc.SnapshotServiceStub(self._channels[endpoint])
 
 
-class SnapshotSource:
-    """Finds the snapshots that a request names: in this gateway's store, or at their holder."""
+class PrefixFinder(Protocol):
+    """Finds the prefix that a request names; see `PrefixSource`."""
 
-    def __init__(self, me: str, store: SnapshotStore, client: SnapshotClient) -> None:
+    async def find(self, request: Request, endpoints: Mapping[str, str]) -> Snapshot | None:
+        """Return it as a snapshot; None when it is out of reach."""
+        ...
+
+
+class SnapshotSource:
+    """Finds what a request names: in this gateway's store, or at other gateways."""
+
+    def __init__(
+        self, me: str, store: SnapshotStore, client: SnapshotClient, prefixes: PrefixFinder
+    ) -> None:
         self._me = me
         self._store = store
         self._client = client
+        self._prefixes = prefixes
         self.endpoints: Mapping[str, str] = {}  # of the gateways of the adopted View
+
+    def holder(self, member: str) -> Holder | None:
+        """Return where a gateway of the View listens."""
+        endpoint = self.endpoints.get(member)
+        return None if endpoint is None else Holder(member, endpoint)
 
     async def find(self, request: Request) -> dict[int, Snapshot]:
         """Return what can be had for a request, by sequence; nothing is waited for long."""
+        if not request.snapshots:
+            prefix = await self._prefixes.find(request, self.endpoints)
+            return {} if prefix is None else dict.fromkeys(range(request.num_sequences), prefix)
         places = {place.sequence_index: place for place in request.snapshots}
         found = await asyncio.gather(
             *(self._find(request, index, place.holder) for index, place in places.items())
@@ -145,12 +212,10 @@ class SnapshotSource:
         num_tokens = len(request.prompt_token_ids) + len(emitted)
         if holder == self._me:
             return self._store.newest(request.request_id, index, num_tokens)
-        endpoint = self.endpoints.get(holder)
-        if endpoint is None:
+        keeper = self.holder(holder)
+        if keeper is None:
             return None
-        return await self._client.fetch(
-            Holder(holder, endpoint), request.request_id, index, num_tokens
-        )
+        return await self._client.fetch(keeper, request.request_id, index, num_tokens)
 
 
 @contextlib.contextmanager

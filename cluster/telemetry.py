@@ -162,6 +162,18 @@ GATEWAY_SAMPLES = (
         _COUNT,
         "Kept states that made way for others.",
     ),
+    Sample(
+        "prefix_fetches",
+        "expertmesh_prefix_fetches",
+        _COUNT,
+        "Sequences that began with what another gateway had kept.",
+    ),
+    Sample(
+        "prefix_fetched_tokens",
+        "expertmesh_prefix_fetched_tokens",
+        _COUNT,
+        "Tokens that were fetched instead of computed.",
+    ),
 )
 WORKER_SAMPLES = (
     Sample("slots_used", "expertmesh_worker_slots_used", _GAUGE, "Slots that hold an expert."),

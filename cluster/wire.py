@@ -21,6 +21,7 @@ from workers.types import (
     FinishReason,
     GatewayStats,
     Output,
+    PrefixPlace,
     Request,
     Sampling,
     SnapshotPlace,
@@ -76,6 +77,7 @@ def submit_message(request: Request) -> gateway_pb2.Submit:
         ),
         emitted=[inference_pb2.TokenIds(ids=ids) for ids in request.emitted],
         snapshots=[place_message(place) for place in request.snapshots],
+        prefix=_prefix_message(request.prefix),
         resume_window_s=request.resume_window_s,
         deaths=request.deaths,
         cache_salt=request.cache_salt,
@@ -127,6 +129,7 @@ def request_of(message: gateway_pb2.Submit) -> Request:
         num_sequences=sampling.num_sequences,
         emitted=tuple(tuple(tokens.ids) for tokens in message.emitted),
         snapshots=tuple(map(place_of, message.snapshots)),
+        prefix=_prefix_of(message.prefix) if message.HasField("prefix") else None,
         resume_window_s=message.resume_window_s,
         deaths=message.deaths,
         cache_salt=message.cache_salt,
@@ -143,6 +146,16 @@ def place_message(place: SnapshotPlace) -> gateway_pb2.SnapshotPlace:
 def place_of(message: gateway_pb2.SnapshotPlace) -> SnapshotPlace:
     """Return where a snapshot is."""
     return SnapshotPlace(message.sequence_index, message.position, message.holder)
+
+
+def _prefix_message(place: PrefixPlace | None) -> gateway_pb2.PrefixPlace | None:
+    if place is None:
+        return None
+    return gateway_pb2.PrefixPlace(num_tokens=place.num_tokens, holder=place.holder)
+
+
+def _prefix_of(message: gateway_pb2.PrefixPlace) -> PrefixPlace:
+    return PrefixPlace(message.num_tokens, message.holder)
 
 
 def output_of(message: inference_pb2.Output) -> Output:

@@ -57,15 +57,24 @@ class SnapshotPlace:
     holder: str
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixPlace:
+    """Where the first tokens of a prompt are kept; `holder` is NAME.INCARNATION of a gateway."""
+
+    num_tokens: int
+    holder: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What a gateway is asked to do: `num_sequences` continuations of one prompt.
 
     `assignment` fences the owner of the request: events carry it, older ones are dropped.
     `emitted` holds, per sequence, the tokens that the client already has (resumption), and
-    `snapshots` where to find what need not be computed again. For `resume_window_s` it is kept when
-    its client is gone, or when it has ended. `deaths` counts the gateways that died with it.
-    Only requests with the same `cache_salt` profit from each other's prompts.
+    `snapshots` where to find what need not be computed again; `prefix` is where other requests have
+    left the begin of its prompt, if it is cheaper to fetch than to compute. For `resume_window_s`
+    it is kept when its client is gone, or when it has ended. `deaths` counts the gateways that died
+    with it. Only requests with the same `cache_salt` profit from each other's prompts.
     """
 
     request_id: str
@@ -77,6 +86,7 @@ class Request:
     assignment: int = 0
     emitted: tuple[tuple[int, ...], ...] = ()
     snapshots: tuple[SnapshotPlace, ...] = ()
+    prefix: PrefixPlace | None = None
     resume_window_s: float = 0.0
     deaths: int = 0
     cache_salt: str = ""
@@ -140,7 +150,7 @@ class GatewayStats:
     (`replayed_tokens`); `recomputes` those whose client had tokens and that began at the prompt.
 
     What starts with `prefix` is of the prefix cache: `prefix_kv_bytes` and `prefix_state_bytes` are
-    of rank 0.
+    of rank 0, `prefix_fetches` the sequences that began with what another gateway had kept.
     """
 
     running: int = 0
@@ -180,6 +190,8 @@ class GatewayStats:
     prefix_state_bytes: int = 0
     prefix_block_evictions: int = 0
     prefix_state_evictions: int = 0
+    prefix_fetches: int = 0
+    prefix_fetched_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,7 @@ class FrontDoorBody(Process):
                 gateway_wait_s=section.gateway_wait_s,
                 gateway_silence_s=section.gateway_silence_s,
                 max_deaths=config.gateways.max_deaths,
+                prefix_fetch_tokens=_prefix_fetch_tokens(config),
                 experts_in_gateway=config.experts.workers == 0,
             ),
             ModelInfo.load(
@@ -135,3 +136,10 @@ def _reachable(endpoint: str) -> str:
     """Return where others reach what listens on every address of this node."""
     host, _, port = endpoint.rpartition(":")
     return f"{node_address()}:{port}" if host in {"", "0.0.0.0", "[::]"} else endpoint  # noqa: S104
+
+
+def _prefix_fetch_tokens(config: ClusterConfig) -> int:
+    """Return what fetching a prefix costs; 0 where it could change a bit, or nothing is kept."""
+    section = config.gateways
+    fetches = section.prefix_cache and not config.dispatch.bit_stable
+    return section.prefix_fetch_tokens if fetches else 0

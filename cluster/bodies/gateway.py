@@ -7,6 +7,7 @@ from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
 from cluster.endpoint import EndpointOptions, GatewayEndpoint
+from cluster.prefixes import PrefixSender, PrefixSource
 from cluster.runtime.nodes import node_address, node_name
 from cluster.snapshot_lines import Line, SnapshotKeeper, SnapshotSender
 from cluster.snapshots import SnapshotClient, SnapshotServicer, SnapshotSource
@@ -59,7 +60,9 @@ class GatewayBody(Process):
         )
         self._endpoint: GatewayEndpoint | None = None
         self._store = SnapshotStore(config.gateways.snapshot_store_bytes, SystemClock())
-        self._source = SnapshotSource(str(member), self._store, self._client)
+        prefixes = PrefixSource(str(member), self._worker, self._store, self._client, SystemClock())
+        self._source = SnapshotSource(str(member), self._store, self._client, prefixes)
+        self._prefixes = PrefixSender(self._worker)
         if rank == 0:
             self.registry.register(StatsCollector(self._stats, GATEWAY_SAMPLES, str(member)))
 
@@ -130,7 +133,7 @@ class GatewayBody(Process):
             self._worker,
             f"{self._host}:0",
             self._endpoint_options,
-            keeper=SnapshotServicer(self._store, self._keeper),
+            keeper=SnapshotServicer(self._store, self._keeper, self._prefixes, self._source.holder),
             source=self._source,
         )
         return await self._endpoint.start()
@@ -153,6 +156,9 @@ class GatewayBody(Process):
         """Hear what became of a part that was sent."""
         if self._rank:
             return  # rank 0 hears when all parts are there
+        if self._prefixes.sends(stamp.request_id):
+            self._loop.soon(self._prefixes.told, stamp.request_id, verdict)
+            return
         if verdict is Verdict.COMPLETE and self._endpoint is not None:
             # The loop hears of it before it hears that the sequence moves.
             self._loop.soon(self._endpoint.report, stamp, holder.member)

@@ -172,6 +172,7 @@ class Flight:
             assignment=self._tenure.count(),
             emitted=tuple(map(tuple, self._emitted)) if any(self._emitted) else (),
             snapshots=places,
+            prefix=None if places else self._pool.prefix_for(session, self._request),
             deaths=self._tenure.num_deaths,
         )
         self._legs.append((session.member.id, self._fewest_tokens()))

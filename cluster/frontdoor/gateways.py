@@ -9,6 +9,7 @@ import grpc
 import structlog
 
 from cluster import wire
+from cluster.frontdoor.balance import GatewayLoad, KeptPrompt, choose_gateway
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.frontdoor.silence import Silence
 from cluster.ownership.directory import NUM_DIRECTORIES, directories_of
@@ -16,7 +17,7 @@ from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from workers.errors import ExpertmeshError
 from workers.gateway.prefix_digest import prefix_digests
 from workers.placement import Member, MemberId, MemberState, Role, View
-from workers.types import GatewayStats, Request, SnapshotPlace, TokenEvent
+from workers.types import GatewayStats, PrefixPlace, Request, SnapshotPlace, TokenEvent
 
 _log = structlog.get_logger()
 
@@ -34,33 +35,7 @@ _CHANNEL_OPTIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayLoad:
-    """What the choice of a gateway looks at.
-
-    `outstanding_tokens` are promised and not yet delivered; `cached_tokens` of the prompt in
-    question need not be computed there.
-    """
-
-    id: MemberId
-    outstanding_tokens: int
-    cached_tokens: int = 0
-
-
-def choose_gateway(
-    loads: Iterable[GatewayLoad], excluding: Collection[MemberId] = ()
-) -> MemberId | None:
-    """Return the gateway with the fewest tokens ahead of a request's end; None if there is none.
-
-    What is cached counts like tokens that are delivered already, so that a prefix which everybody
-    shares draws requests to its gateway only until that one is busier by as much.
-    """
-    open_to_it = [load for load in loads if load.id not in excluding]
-    if not open_to_it:
-        return None
-    return min(
-        open_to_it, key=lambda load: (load.outstanding_tokens - load.cached_tokens, load.id)
-    ).id
+_NOTHING: tuple[tuple[int, ...], str, int] = ((), "", 0)  # of a prompt and a salt is cached
 
 
 class Passenger(Protocol):
@@ -144,6 +119,7 @@ class GatewaySession:
         self._let_go: dict[str, int] = {}  # what the gateway may still hold, and must free
         self._silence = Silence(options.gateway_silence_s)
         self._prefixes: dict[int, int] = {}  # digests with their numbers of tokens
+        self._counted = _NOTHING
         self._outgoing: asyncio.Queue[gateway_pb2.SessionRequest] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
 
@@ -152,19 +128,17 @@ class GatewaySession:
         """Whether new requests may be sent to it."""
         return self.is_connected and self.member.state is MemberState.ACTIVE
 
-    def load(self, request: Request | None = None) -> GatewayLoad:
-        """Return what the choice of a gateway for a request looks at."""
-        return GatewayLoad(
-            id=self.member.id,
-            outstanding_tokens=sum(seat.weight_tokens for seat in self._seats.values()),
-            cached_tokens=0 if request is None else self._cached_tokens(request),
-        )
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that are promised, by requests that it carries, and not yet delivered."""
+        return sum(seat.weight_tokens for seat in self._seats.values())
 
     def submit(self, request: Request, passenger: Passenger) -> None:
         """Send a request; its events are delivered to the passenger."""
         completion = min(request.stopping.max_tokens, self._options.expected_tokens)
-        uncached = len(request.prompt_token_ids) - self._cached_tokens(request)
-        weight = uncached + request.num_sequences * completion
+        fetched = 0 if request.prefix is None else request.prefix.num_tokens
+        cached = max(fetched, self.cached_tokens(request))
+        weight = len(request.prompt_token_ids) - cached + request.num_sequences * completion
         self._seats[request.request_id, request.assignment] = _Seat(passenger, weight)
         self.send(gateway_pb2.SessionRequest(submit=wire.submit_message(request)))
 
@@ -217,8 +191,19 @@ class GatewaySession:
         self._task.cancel()
         await asyncio.wait([self._task])
 
-    def _cached_tokens(self, request: Request) -> int:
+    def cached_tokens(self, request: Request) -> int:
         """Return the length of the longest prefix of a prompt whose state the gateway keeps."""
+        prompt = request.prompt_token_ids
+        if not self._is_counted(request):
+            self._counted = (prompt, request.cache_salt, self._count(request))
+        return self._counted[2]
+
+    def _is_counted(self, request: Request) -> bool:
+        """Whether it was the last that was asked for: a submission asks several times."""
+        prompt, salt, _ = self._counted
+        return prompt is request.prompt_token_ids and salt == request.cache_salt
+
+    def _count(self, request: Request) -> int:
         prompt = request.prompt_token_ids
         lengths = sorted({n for n in self._prefixes.values() if n < len(prompt)})
         cached = (
@@ -297,6 +282,7 @@ class GatewaySession:
                 self.stats = wire.stats_of(response.stats)
             case "prefixes":
                 wire.update_prefixes(self._prefixes, response.prefixes)
+                self._counted = _NOTHING
             case "events":
                 self._deliver(response.events.events)
             case "refusal":
@@ -351,6 +337,7 @@ class GatewaySession:
             if not answer.done():
                 answer.set_result(None)
         self._prefixes.clear()
+        self._counted = _NOTHING
         seats, self._seats = self._seats, {}
         for seat in seats.values():
             seat.passenger.lost()
@@ -400,9 +387,27 @@ class GatewayPool:
             is_holder = str(session.member.id) == holder
             if is_holder and session.takes_work and session.member.id not in excluding:
                 return session
-        loads = [session.load(request) for session in self._sessions.values() if session.takes_work]
+        kept = self._kept(request)
+        loads = [
+            GatewayLoad(
+                id=member_id,
+                outstanding_tokens=session.outstanding_tokens,
+                cached_tokens=kept.spared(member_id),
+            )
+            for member_id, session in self._sessions.items()
+            if session.takes_work
+        ]
         chosen = choose_gateway(loads, excluding)
         return None if chosen is None else self._sessions[chosen]
+
+    def prefix_for(self, session: GatewaySession, request: Request) -> PrefixPlace | None:
+        """Return where a gateway should fetch a prompt's begin, if that is cheaper than computing.
+
+        Not where the scores of its tokens are wanted, for which all of them are computed.
+        """
+        if request.output.prompt_logprobs is not None and not any(request.emitted):
+            return None
+        return self._kept(request).elsewhere(session.member.id)
 
     def find(self, gateway: str) -> GatewaySession | None:
         """Return the session of a gateway by NAME.INCARNATION, whether it is connected or not."""
@@ -431,6 +436,15 @@ class GatewayPool:
             for member_id, session in self._sessions.items()
             if session.is_connected and session.stats is not None
         }
+
+    def _kept(self, request: Request | None) -> KeptPrompt:
+        """Return what all gateways keep of a prompt, also those that leave."""
+        if request is None:
+            return KeptPrompt({})
+        connected = [session for session in self._sessions.values() if session.is_connected]
+        connected.sort(key=lambda session: session.outstanding_tokens)
+        kept = {session.member.id: session.cached_tokens(request) for session in connected}
+        return KeptPrompt(kept, self.options.prefix_fetch_tokens)
 
     async def close(self) -> None:
         """End all sessions."""

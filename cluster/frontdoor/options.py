@@ -16,10 +16,12 @@ class FrontDoorOptions:
     `max_requests` bounds the requests in flight, `max_waiting` those of them that have no token
     yet. `default_max_tokens` bounds a completion whose max_tokens is unset. `gateway_wait_s` is how
     long a request waits while no gateway can take it. `expected_tokens` stands for the length of a
-    completion when gateways are compared. A gateway that says nothing for `gateway_silence_s` is
-    taken for lost; it tells its load several times in that time. A request with which `max_deaths`
-    gateways died in a row, less than 16 tokens further each time, is failed. With
-    `experts_in_gateway` there are no expert workers whose coverage health would depend on.
+    completion when gateways are compared, and fetching a prefix of a prompt from another gateway
+    counts like computing `prefix_fetch_tokens` of it; with 0 none is fetched. A gateway that says
+    nothing for `gateway_silence_s` is taken for lost; it tells its load several times in that time.
+    A request with which `max_deaths` gateways died in a row, less than 16 tokens further each time,
+    is failed. With `experts_in_gateway` there are no expert workers whose coverage health would
+    depend on.
     """
 
     name: str = "frontdoor"
@@ -44,5 +46,6 @@ class FrontDoorOptions:
     max_deaths: int = MAX_DEATHS
     reconnect_s: float = 0.2
     expected_tokens: int = 256
+    prefix_fetch_tokens: int = 1024
     keepalive_s: float = 20.0
     experts_in_gateway: bool = False

@@ -96,4 +96,12 @@ def _emitted(request: Request) -> list[list[int]]:
 
 def _substance(request: Request) -> Request:
     """Return the request without what differs from one submission to the next."""
-    return replace(request, assignment=0, emitted=(), snapshots=(), resume_window_s=0.0, deaths=0)
+    return replace(
+        request,
+        assignment=0,
+        emitted=(),
+        snapshots=(),
+        prefix=None,
+        resume_window_s=0.0,
+        deaths=0,
+    )

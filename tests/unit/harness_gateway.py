@@ -72,6 +72,14 @@ class HistoryModel:
         places = [divmod(p, self.block_tokens) for p in range(start, position)]
         return state, [self._kv[kv_blocks[block], offset] for block, offset in places]
 
+    def copy_kept_aside(self, place, kv_blocks, position):
+        assert not self._staged, "captured in the middle of a step"
+        state = self._checkpoints[place]
+        places = [divmod(p, self.block_tokens) for p in range(position)]
+        rows = [self._kv[kv_blocks[block], offset] for block, offset in places]
+        assert list(state) == rows, "a checkpoint of other tokens than its blocks hold"
+        return state, rows
+
     def restore(self, state_block, kv_blocks, shards) -> None:
         assert not self._staged, "restored in the middle of a step"
         ((state, rows),) = shards

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from cluster.frontdoor.admission import Admission, Job, check
-from cluster.frontdoor.gateways import GatewayLoad, choose_gateway
 from cluster.frontdoor.metrics import NoMetrics
 from cluster.frontdoor.options import FrontDoorOptions
 from workers.errors import (
@@ -13,7 +12,6 @@ from workers.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from workers.placement import MemberId
 from workers.types import Output, Request, Sampling, Stopping
 
 NAN = float("nan")
@@ -158,30 +156,3 @@ async def test_draining_refuses_everybody_and_waits_for_the_rest():
             admission.check_room(is_resumed=True)
         assert not await admission.wait_idle(0.0)
     assert await admission.wait_idle(0.0)
-
-
-def test_the_gateway_with_the_fewest_outstanding_tokens_is_chosen():
-    a, b, c = (MemberId(f"gateway-{i}", 1) for i in range(3))
-    loads = [
-        GatewayLoad(id=a, outstanding_tokens=30),
-        GatewayLoad(id=c, outstanding_tokens=20),
-        GatewayLoad(id=b, outstanding_tokens=20),
-    ]
-    assert choose_gateway(loads) == b
-    assert choose_gateway(loads, {b}) == c
-    assert choose_gateway(loads, {a, b, c}) is None
-    assert choose_gateway([]) is None
-
-
-def test_a_kept_prefix_draws_requests_until_its_gateway_is_busier_by_as_much():
-    warm, cold = MemberId("gateway-1", 1), MemberId("gateway-0", 1)
-
-    def chosen(outstanding_tokens):
-        return choose_gateway(
-            [
-                GatewayLoad(id=warm, outstanding_tokens=outstanding_tokens, cached_tokens=500),
-                GatewayLoad(id=cold, outstanding_tokens=100),
-            ]
-        )
-
-    assert [chosen(tokens) for tokens in (100, 599, 601)] == [warm, warm, cold]

@@ -12,7 +12,9 @@ from tests.fakes import LoneOwnership
 from tests.unit.harness_gateway import make_request
 from workers.errors import DrainingError
 from workers.placement import MemberId
-from workers.types import FinishReason, Request, SnapshotPlace, TokenEvent
+from workers.types import FinishReason, PrefixPlace, Request, SnapshotPlace, TokenEvent
+
+PREFIX = PrefixPlace(2000, "gateway-9.1")
 
 
 class FakeSession:
@@ -48,6 +50,9 @@ class FakePool:
         open_to_it = [s for s in self.sessions if s.id not in excluding]
         held = [s for s in open_to_it if str(s.id) == holder]
         return next(iter(held + open_to_it), None)
+
+    def prefix_for(self, _session: FakeSession, _request: Request) -> PrefixPlace:
+        return PREFIX
 
     def find(self, gateway: str) -> FakeSession | None:
         return next((s for s in self.sessions if str(s.id) == gateway), None)
@@ -123,6 +128,7 @@ async def test_the_newest_snapshot_is_used_that_is_not_ahead_of_the_client(
     assert request.emitted == ((5, 6, 7, 8),)
     assert request.assignment == GRANT + 2
     assert request.snapshots == ((SnapshotPlace(0, *expected),) if expected else ())
+    assert request.prefix == (None if expected else PREFIX)
 
 
 async def test_a_holder_that_is_gone_is_named_to_whoever_takes_the_request() -> None:

@@ -94,6 +94,23 @@ def test_other_ranks_hold_exactly_what_the_unsharded_state_says(writers, readers
         assert torch.equal(torch.stack(rows), kv[:, 0])
 
 
+def test_a_checkpoint_is_copied_aside_like_the_sequence_that_left_it() -> None:
+    cache = SequenceCache(
+        CONFIG, num_kv_blocks=6, block_tokens=4, num_state_blocks=4, num_checkpoints=2
+    )
+    fill(cache, resident=True)
+    cache.save_state(STATE, 1)
+    aside = cache.copy_aside(STATE, BLOCKS, 0, POSITION)
+    cache.stage([1, STATE], []).after.matrix.fill_(9)
+    cache.commit()
+
+    kept = cache.copy_kept_aside(1, BLOCKS, POSITION)
+    assert torch.equal(kept.kv, aside.kv)
+    assert torch.equal(kept.conv, aside.conv)
+    assert torch.equal(kept.matrix, aside.matrix)
+    assert len(kept.kv)
+
+
 def test_a_copy_does_not_change_with_the_sequence() -> None:
     cache = make_cache(0, 1, torch.float32)
     fill(cache, resident=True)

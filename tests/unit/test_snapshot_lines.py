@@ -43,6 +43,13 @@ def shard(
     return Shard(stamp=stamp, owner="gateway-1.1", data=data)
 
 
+class Nothing:
+    """A prefix cache that keeps none."""
+
+    async def send(self, *_: object) -> bool:
+        return False
+
+
 class Place:
     """A gateway that keeps snapshots, and what its senders are told."""
 
@@ -335,7 +342,7 @@ def test_what_is_kept_is_fetched_over_grpc(place: Place, num_bytes: int) -> None
 
     async def work() -> None:
         server = grpc.aio.server()
-        servicer = SnapshotServicer(place.store, place.keeper)
+        servicer = SnapshotServicer(place.store, place.keeper, Nothing(), lambda _: None)
         gateway_pb2_grpc.add_SnapshotServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -39,6 +39,21 @@ class Capture:
         return Captured(self.stamp, self.holder, self.start, shard)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturePrefix:
+    """Copies a prefix aside that the prefix cache keeps: all its KV rows, and its state."""
+
+    stamp: Stamp
+    holder: Holder
+    place: int
+    kv_blocks: tuple[int, ...]
+
+    def apply(self, cache: Any) -> Captured:  # noqa: ANN401 - a `SequenceCache`, or a fake
+        """Copy; the rank hands the result on."""
+        shard = cache.copy_kept_aside(self.place, self.kv_blocks, self.stamp.position)
+        return Captured(self.stamp, self.holder, 0, shard)
+
+
 @dataclass(frozen=True, slots=True)
 class Release:
     """Has every rank tell the holder that a sequence has left, after all that it captured of it."""

@@ -8,6 +8,7 @@ do all sequences of a request whose rows end expert workers, which the dispatche
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from workers.gateway.capture import CaptureBook
 from workers.gateway.lockstep import Leader
 from workers.gateway.scheduler import Scheduler, SchedulerOptions, Work
 from workers.gateway.sequence import Phase, Sequence
-from workers.gateway.snapshot import Snapshot
+from workers.gateway.snapshot import Holder, Snapshot
 from workers.gateway.survival import Survival
 from workers.model.batch import StepBatch
 from workers.model.sampler import Choice, SamplerState, sample, score
@@ -61,6 +62,17 @@ class _Result:
 
     scores: list[TokenLogprob]
     choice: Choice | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A prefix that another gateway asks for, and whether it is kept."""
+
+    digest: int
+    name: str
+    receiver: Holder
+    most_tokens: int
+    is_kept: "Future[bool]"
 
 
 @dataclass(slots=True)
@@ -97,13 +109,14 @@ class GatewayEngine:
         self._samplers: dict[Sequence, SamplerState] = {}
         self._over: list[Sequence] = []  # resumed with all their tokens there already
         self._aborted: set[Sequence] = set()  # hold their blocks until the step's end
+        self._sending: list[_Sending] = []  # until the next step
         self._num_submitted = 0
         self._counters = _Counters()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._requests or self._aborted)
+        return bool(self._requests or self._aborted or self._sending)
 
     def submit(self, request: Request, snapshots: Mapping[int, Snapshot] = NO_SNAPSHOTS) -> None:
         """Queue a request; its events come out of later steps.
@@ -151,6 +164,23 @@ class GatewayEngine:
         with self._lock:
             self._aborted.update(self._requests.pop(request_id, ()))
 
+    def send_prefix(
+        self, digest: int, name: str, receiver: Holder, most_tokens: int
+    ) -> "Future[bool]":
+        """Send a kept prefix to another gateway, as a snapshot of a request of this name.
+
+        One of the next steps says whether it is kept, and has no more than `most_tokens`.
+        """
+        sending = _Sending(digest, name, receiver, most_tokens, Future())
+        with self._lock:
+            self._sending.append(sending)
+        return sending.is_kept
+
+    def keeps_prefix(self, digest: int) -> bool:
+        """Whether the state of a prefix is kept here."""
+        with self._lock:
+            return self._scheduler.prefixes.tree.find(digest) is not None
+
     def leave(self) -> None:
         """Let sequences go on elsewhere, each as soon as a snapshot of it is held there.
 
@@ -168,6 +198,7 @@ class GatewayEngine:
         started_s = self._clock.now_s()
         with self._lock:
             events = self._reap()
+            self._send_prefix()
             work = self._scheduler.schedule()
         if work:
             computed = self._compute(work, retries=1)
@@ -222,6 +253,8 @@ class GatewayEngine:
                 prefix_states=prefixes.tree.num_states,
                 prefix_block_evictions=prefixes.tree.num_block_evictions,
                 prefix_state_evictions=prefixes.tree.num_state_evictions,
+                prefix_fetches=survival.fetches,
+                prefix_fetched_tokens=survival.fetched_tokens,
             )
 
     def prefixes(self, most: int) -> dict[int, int]:
@@ -351,6 +384,19 @@ class GatewayEngine:
         self._over.clear()
         self._aborted.clear()
         return [self._end(sequence, sequence.finish) for sequence in over if sequence.finish]
+
+    def _send_prefix(self) -> None:
+        """Have all ranks copy aside what was asked for, one in a step: whoever decodes waits."""
+        if not self._sending:
+            return
+        sending = self._sending.pop(0)
+        if not sending.is_kept.set_running_or_notify_cancel():
+            return  # given up meanwhile
+        kept = self._scheduler.prefixes.kept(sending.digest)
+        is_sent = kept is not None and len(kept.token_ids) <= sending.most_tokens
+        if kept is not None and is_sent:
+            self._survival.send(kept, sending.name, sending.receiver)
+        sending.is_kept.set_result(is_sent)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> TokenEvent:
         """End a sequence without a further token."""

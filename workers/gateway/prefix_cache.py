@@ -38,6 +38,15 @@ class PrefixOptions:
     first_boundary_tokens: int = 1024
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptPrefix:
+    """Tokens whose KV lies in some blocks, and the state after all of them in a place."""
+
+    token_ids: tuple[int, ...]
+    place: int
+    kv_blocks: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class PrefixCounters:
     """What came of lookups; they only rise."""
@@ -87,6 +96,18 @@ class PrefixCache:
         limit = limit if unscored is None else min(limit, unscored)
         return self.tree.match(sequence.request.cache_salt, sequence.tokens, limit)
 
+    def kept(self, digest: int) -> KeptPrefix | None:
+        """Return what is kept of a prefix, by its name, for another gateway to begin with."""
+        match = self.tree.find(digest)
+        if match is None or match.node is None or match.checkpoint is None or self._bit_stable:
+            return None
+        self.tree.use(match)
+        return KeptPrefix(
+            token_ids=tuple(self.tree.tokens(match.node)),
+            place=match.checkpoint.place,
+            kv_blocks=tuple(self.tree.blocks(match.node)),
+        )
+
     def num_lacking_blocks(self, sequence: Sequence, match: Match) -> int:
         """Return by how many blocks a sequence would leave less room if it began from a match."""
         shared = [] if match.node is None else self.tree.blocks(match.node)
@@ -120,6 +141,11 @@ class PrefixCache:
     def advanced(self, sequence: Sequence) -> None:
         """Keep the state of a running sequence that stands where one was planned."""
         if sequence.computed in sequence.cuts and self._keeps(sequence):
+            self._keep(sequence, sequence.computed)
+
+    def fetched(self, sequence: Sequence) -> None:
+        """Keep what another gateway has sent of a prompt, where its last block is full."""
+        if self._keeps(sequence) and sequence.computed % self._block_tokens == 0:
             self._keep(sequence, sequence.computed)
 
     def ended(self, sequence: Sequence) -> None:

@@ -88,6 +88,17 @@ class PrefixTree:
         """Return the blocks from the root to the node's end."""
         return [block for above in reversed(list(node.path())) for block in above.blocks]
 
+    def find(self, digest: int) -> Match | None:
+        """Return the prefix of a name, if its state is kept."""
+        for node, checkpoint in self._checkpoints.items():
+            if checkpoint.digest == digest:
+                return self._match(checkpoint.num_tokens, node, checkpoint)
+        return None
+
+    def tokens(self, node: Node) -> list[int]:
+        """Return the tokens from the root to the node's end."""
+        return [token for above in reversed(list(node.path())) for token in above.tokens]
+
     def match(self, salt: str, tokens: list[int], limit: int) -> Match:
         """Return how much of the tokens is kept, with the deepest state at most at `limit`."""
         node, depth = self._roots.get(salt), 0
@@ -105,9 +116,7 @@ class PrefixTree:
             node = child if shared == len(child.tokens) else None
         if found is None:
             return Match(depth)
-        node, checkpoint = found
-        is_tail = len(node.tokens) < self._block_tokens
-        return Match(depth, node, checkpoint, node.blocks[0] if is_tail else None)
+        return self._match(depth, *found)
 
     def insert(self, salt: str, tokens: list[int], blocks: list[int]) -> Node:
         """Keep whole blocks, held by the caller; return the node at their end.
@@ -172,6 +181,10 @@ class PrefixTree:
             tail = node.children.get(tuple(tokens[depth:end]))
             if tail is not None:
                 yield tail
+
+    def _match(self, num_tokens: int, node: Node, checkpoint: Checkpoint) -> Match:
+        is_tail = len(node.tokens) < self._block_tokens
+        return Match(num_tokens, node, checkpoint, node.blocks[0] if is_tail else None)
 
     def _num_shared(self, child: Node, tokens: list[int], depth: int) -> int:
         """Return how many of a child's tokens are the same, in whole blocks."""

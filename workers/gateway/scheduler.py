@@ -237,6 +237,8 @@ class Scheduler:
             return None
         head = self._returning[0] if self._returning else self._fresh[0]
         match = self.prefixes.find(head)
+        if self._snapshots.position(head) > match.position:
+            match = Match(0)  # a snapshot is written to blocks of the sequence's own
         needed = self.prefixes.num_lacking_blocks(head, match) + len(self._running)
         has_room = needed <= self.kv.num_free + self.kv.num_idle or not self._running
         return (head, match) if has_room else None
@@ -248,10 +250,10 @@ class Scheduler:
             self._fresh.popleft()
         sequence.returning = True
         sequence.state_block = self.states.take()
-        if self._snapshots.position(sequence) > match.position:
-            match = Match(0)  # a snapshot is written to blocks of the sequence's own
         self.prefixes.begin(sequence, match)
         sequence.computed = self._snapshots.restore(sequence)
+        if sequence.computed > match.position and not sequence.is_restored:
+            self.prefixes.fetched(sequence)
         insort(self._running, sequence, key=_age)
 
     def _preempt(self, sequence: Sequence) -> None:

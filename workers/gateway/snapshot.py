@@ -45,7 +45,7 @@ class Shard:
     data: PackedShard
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Snapshot:
     """A whole snapshot: the shards of all ranks in order, each with all rows from 0 on."""
 
@@ -56,6 +56,10 @@ class Snapshot:
     def num_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    def is_of(self, request_id: str) -> bool:
+        """Whether it was taken of this request; else it is what others have left of its prompt."""
+        return self.stamp.request_id == request_id
 
     def fits(self, token_ids: Sequence[int], weights_version: str) -> bool:
         """Whether a sequence with these known tokens may go on from it.

@@ -48,6 +48,11 @@ class _Chain:
         )
         return sum(shard.num_bytes for shard in shards)
 
+    @property
+    def is_released(self) -> bool:
+        """Whether it has left its gateway, as far as that can be; parts may still be coming."""
+        return self.released_s is not None and bool(self.whole)
+
     def continued_by(self, data: PackedShard) -> bool:
         """Whether the rows before a shard's first one are here, written by as many ranks."""
         return data.start <= self.position and len(self.pieces[0]) == data.size
@@ -194,16 +199,16 @@ class SnapshotStore:
                     self._drop(key, number)
 
     def _make_room(self, spare: tuple[Key, int]) -> None:
+        key, number = spare
+        if self._chains[key][number].num_bytes > self.budget_bytes:
+            self._drop(key, number)  # nothing that made way for it would help
         while self._num_bytes > self.budget_bytes:
             ages = [
-                (chain.released_s is None, chain.written_s, key, number)
+                (not chain.is_released, chain.written_s, key, number)
                 for key, chains in self._chains.items()
                 for number, chain in chains.items()
                 if (key, number) != spare
             ]
-            if not ages:
-                self._drop(*spare)  # it alone is too large
-                return
             *_, key, number = min(ages)
             self._drop(key, number)
             self.num_evicted += 1

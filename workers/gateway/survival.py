@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-from workers.gateway.capture import CaptureBook, Release, Restore
+from workers.gateway.capture import CaptureBook, CapturePrefix, Release, Restore
 from workers.gateway.lockstep import CacheOperation
+from workers.gateway.prefix_cache import KeptPrefix
 from workers.gateway.sequence import Sequence
-from workers.gateway.snapshot import Ended, Snapshot
+from workers.gateway.snapshot import Ended, Holder, Snapshot, Stamp, digest_of
 from workers.types import FinishReason
 
 
@@ -28,6 +29,8 @@ class Survival:
         self.replayed_tokens = 0
         self.recomputed_tokens = 0
         self.moved = 0
+        self.fetches = 0
+        self.fetched_tokens = 0
 
     def begin(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
         """Hear of a new sequence, and of the snapshot that it may go on from."""
@@ -58,8 +61,7 @@ class Survival:
                     shards=snapshot.shards,
                 )
             )
-            self.restores += 1
-            sequence.is_restored = True
+            self._count(sequence, snapshot)
         if sequence in self._resumed:
             self._resumed.discard(sequence)
             again = len(sequence.tokens) - position - 1  # the last token was never computed
@@ -69,6 +71,22 @@ class Survival:
                 self.recomputes += 1
                 self.recomputed_tokens += again
         return position
+
+    def send(self, kept: KeptPrefix, name: str, receiver: Holder) -> None:
+        """Have all ranks send a prefix, under the name of a request that nobody makes."""
+        stamp = Stamp(
+            request_id=name,
+            sequence_index=0,
+            assignment=1,
+            position=len(kept.token_ids),
+            weights_version=self._book.weights_version,
+            tokens=digest_of(kept.token_ids),
+        )
+        self._enqueue(
+            CapturePrefix(stamp=stamp, holder=receiver, place=kept.place, kv_blocks=kept.kv_blocks)
+        )
+        # If the receiver has given it up, nobody else would tell it to free what comes.
+        self._enqueue(Release(Ended(name, 0, stamp.assignment, has_ended=False), receiver))
 
     def advance(self, sequence: Sequence) -> None:
         """Capture a sequence that a step has advanced, if it is due."""
@@ -86,6 +104,16 @@ class Survival:
             has_ended = reason is not FinishReason.CANCELLED
             ended = Ended(request.request_id, sequence.index, request.assignment, has_ended)
             self._enqueue(Release(ended, holder))
+
+    def _count(self, sequence: Sequence, snapshot: Snapshot) -> None:
+        """Take note of what a sequence goes on from."""
+        if snapshot.is_of(sequence.request.request_id):
+            sequence.is_restored = True
+            self.restores += 1
+            return
+        sequence.cached_tokens = min(snapshot.stamp.position, sequence.num_prompt)
+        self.fetches += 1
+        self.fetched_tokens += snapshot.stamp.position
 
     def leave(self) -> None:
         """Capture everything once more: what is then held elsewhere goes on there."""

@@ -6,6 +6,7 @@ The ranks are brought up in steps, each on all of them: `open`, `join` (together
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -260,6 +261,33 @@ class GatewayWorker:
     def prefixes(self) -> dict[int, int]:
         """Return the digests of prefixes whose states are kept, with their numbers of tokens."""
         return {} if self._engine is None else self._engine.prefixes(MOST_PREFIXES)
+
+    def keeps_prefix(self, digest: int) -> bool:
+        """Whether the state of a prefix is kept here."""
+        return self._engine is not None and self._engine.keeps_prefix(digest)
+
+    def send_prefix(
+        self, digest: int, name: str, receiver: Holder, most_bytes: int
+    ) -> "Future[bool]":
+        """Send a kept prefix to another gateway, as a snapshot of a request of this name.
+
+        Returns whether it is kept, and no larger than `most_bytes`; what comes of sending it is
+        told like of any snapshot.
+        """
+        assert self._engine is not None
+        size, options = self._spec.size, self._options
+        state_bytes = size * state_bytes_per_sequence(self._config, size, options.compute_dtype)
+        block_bytes = size * options.kv_block_bytes(self._config, size)
+        most_blocks = max(0, most_bytes - state_bytes) // block_bytes
+        with self._changed:
+            if self._closing or self._failure is not None:  # no step would answer
+                is_kept: Future[bool] = Future()
+                is_kept.set_result(False)
+                return is_kept
+            most_tokens = most_blocks * options.block_tokens
+            is_kept = self._engine.send_prefix(digest, name, receiver, most_tokens)
+            self._changed.notify_all()
+        return is_kept
 
     def turn(self) -> None:
         """Take one step; or, with nothing to do, show the other ranks a sign of life and wait."""

@@ -187,10 +187,18 @@ class SequenceCache:
         self, state_block: int, kv_blocks: Sequence[int], start: int, position: int
     ) -> SequenceShard:
         """Copy a sequence's committed states, and its KV rows from `start` on, to host memory."""
+        return self._aside(self._committed(state_block), kv_blocks, start, position)
+
+    def copy_kept_aside(self, place: int, kv_blocks: Sequence[int], position: int) -> SequenceShard:
+        """Copy a checkpoint, and all KV rows before it, to host memory."""
+        return self._aside(self._checkpoints.at(place), kv_blocks, 0, position)
+
+    def _aside(
+        self, states: States, kv_blocks: Sequence[int], start: int, position: int
+    ) -> SequenceShard:
         heads = ShardShapes(self._config, self.rank, self.tp_size).num_sent_kv_heads
         block_N, offset_N = self._places(kv_blocks, start, position)
         kv = self._kv[:, block_N, offset_N, :, :heads].transpose(0, 1)
-        states = self._committed(state_block)
         host = torch.device("cpu")
         return SequenceShard(
             kv.to(host).contiguous(),

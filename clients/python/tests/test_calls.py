@@ -6,7 +6,13 @@ import grpc
 import pytest
 
 from expertmesh_client.calls import Calls, Cancellation
-from expertmesh_client.errors import Failure, NotFoundError, UnavailableError, error_of
+from expertmesh_client.errors import (
+    Failure,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+    error_of,
+)
 from expertmesh_client.retry import RetryPolicy
 
 
@@ -53,6 +59,38 @@ def test_a_target_that_cannot_be_asked_leaves_it_open_whether_the_request_runs()
     cancellation.refused(refusal(grpc.StatusCode.UNAVAILABLE), 0.0)
     with pytest.raises(UnavailableError):
         cancellation.refused(refusal(), 0.0)
+
+
+def test_targets_that_are_all_out_of_reach_are_asked_again_up_to_the_deadline():
+    cancellation = Cancellation(None, 2, deadline_s=10.0)
+    lost = refusal(grpc.StatusCode.UNAVAILABLE)
+    assert cancellation.refused(lost, 0.0) == 0.0
+    assert cancellation.refused(refusal(grpc.StatusCode.DEADLINE_EXCEEDED), 5.0) > 0
+    assert cancellation.refused(lost, 9.0) == 0.0
+    with pytest.raises(UnavailableError):
+        cancellation.refused(lost, 10.0)
+
+
+def test_a_request_of_this_client_is_asked_for_while_some_targets_are_out_of_reach():
+    calls = calls_of(2)
+    journey = calls.generate("x", {"request_id": "r"})
+    cancellation = calls.cancellation("r", 30.0)
+    assert cancellation.refused(refusal(grpc.StatusCode.UNAVAILABLE), 0.0) == 0.0
+    assert cancellation.refused(refusal(), 0.0) > 0
+    assert cancellation.refused(refusal(grpc.StatusCode.PERMISSION_DENIED), 1.0) == 0.0
+    with pytest.raises(PermissionDeniedError):
+        cancellation.refused(refusal(), 1.0)
+    assert not journey.is_complete
+
+
+def test_a_target_that_does_not_answer_leaves_time_for_the_others():
+    cancellation = Cancellation(None, 3, deadline_s=30.0)
+    assert [cancellation.timeout_s(t) for t in (0.0, 28.0, 31.0)] == [5.0, 2.0, 0.0]
+    assert Cancellation(None, 1, deadline_s=30.0).timeout_s(0.0) == 30.0
+    once = calls_of(3).retries(5.0, "r", only_at=1)
+    once.begin(0.0)
+    with pytest.raises(UnavailableError):  # the next one is asked instead
+        once.after(Failure(code=grpc.StatusCode.UNAVAILABLE, message="gone"), 0.0)
 
 
 def test_a_request_of_this_client_is_asked_for_until_it_has_ended():

@@ -95,6 +95,9 @@ class SimPool:
         able = [s for s in self.sessions if s.member.id not in refused_by]
         return self.simulator.draw.choice(able) if able else None
 
+    def prefix_for(self, _session: SimSession, _request: Request) -> None:
+        return None
+
     def lose(self, flight: Flight) -> None:
         """A gateway dies or freezes: its session ends, and another one comes in its place."""
         number = self.simulator.draw.randrange(len(self.sessions))

@@ -4,17 +4,24 @@ import itertools
 import random
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from expertmesh_client import translate
 from expertmesh_client._pb.expertmesh.v1 import inference_pb2 as pb
 from expertmesh_client.clock import now_s
-from expertmesh_client.errors import ExpertmeshError, NotFoundError
+from expertmesh_client.errors import (
+    DeadlineError,
+    ExpertmeshError,
+    NotFoundError,
+    UnavailableError,
+)
 from expertmesh_client.journey import Journey
 from expertmesh_client.retry import Retries, RetryPolicy
 from expertmesh_client.types import Message, RequestOptions, Tool
 
 _ASK_AGAIN_S = 0.05
+_ANSWER_S = 5.0  # that one target is waited for, while others may know the request
 
 AnyJourney = Journey[pb.GenerateRequest] | Journey[pb.ChatRequest]
 
@@ -67,12 +74,13 @@ class Calls:
         return self._model if name is None else name
 
     def retries(
-        self, timeout_s: float | None, request_id: str = "", *, target: int | None = None
+        self, timeout_s: float | None, request_id: str = "", *, only_at: int | None = None
     ) -> Retries:
-        """Return the attempts of a call; at one target only, when it is given."""
+        """Return the attempts of a call; a single one, where it may go to one target only."""
+        once = replace(self._policy, max_failures=0)
         return Retries(
-            self._policy,
-            targets=range(self.num_targets) if target is None else (target,),
+            self._policy if only_at is None else once,
+            targets=range(self.num_targets) if only_at is None else (only_at,),
             turn=next(self._turns),
             timeout_s=timeout_s,
             now_s=now_s(),
@@ -95,7 +103,8 @@ class Calls:
 class Cancellation:
     """Asks one target after the other to end a request, until one of them has.
 
-    A request of this client may be between two targets: it is asked for until it has ended.
+    A request of this client may be between two targets: it is asked for until it has ended. So is
+    any request while no target can be reached.
 
     Args:
         journey: The request, if it is under way here.
@@ -115,6 +124,11 @@ class Cancellation:
         """Whether the request has ended without anybody's word."""
         return self._journey is not None and self._journey.is_complete
 
+    def timeout_s(self, time_s: float) -> float:
+        """Return for how long the next target may be waited for."""
+        left_s = max(0.0, self._deadline_s - time_s)
+        return left_s if self._num_targets == 1 else min(left_s, _ANSWER_S)
+
     def refused(self, error: ExpertmeshError, time_s: float) -> float:
         """Take a target's refusal; return the seconds to wait before the next one is asked.
 
@@ -125,8 +139,11 @@ class Cancellation:
         self.target = (self.target + 1) % self._num_targets
         if self.target > 0:
             return 0.0
-        unsure = [each for each in self._refusals if not isinstance(each, NotFoundError)]
-        if unsure or self._journey is None or time_s >= self._deadline_s:
-            raise (unsure or self._refusals)[0]
-        self._refusals.clear()
+        refusals, self._refusals = self._refusals, []
+        unsure = [each for each in refusals if not isinstance(each, NotFoundError)]
+        lost = [each for each in unsure if isinstance(each, UnavailableError | DeadlineError)]
+        is_nobody_heard = len(lost) == len(refusals)
+        is_of_here = self._journey is not None and len(lost) == len(unsure)
+        if not (is_nobody_heard or is_of_here) or time_s >= self._deadline_s:
+            raise (unsure or refusals)[0]
         return _ASK_AGAIN_S

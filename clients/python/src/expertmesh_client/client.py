@@ -211,7 +211,8 @@ class Client:
         request = pb.CancelRequest(request_id=request_id)
         cancellation = self._calls.cancellation(request_id, timeout_s)
         while not cancellation.is_over:
-            retries = self._calls.retries(timeout_s, request_id, target=cancellation.target)
+            answer_s = cancellation.timeout_s(now_s())
+            retries = self._calls.retries(answer_s, request_id, only_at=cancellation.target)
             try:
                 self._ask(lambda stub: stub.Cancel, request, retries)
             except ExpertmeshError as error:

@@ -175,7 +175,8 @@ class Retries:
             message = f"no time is left for another attempt; the last one: {failure.message}"
             raise error_of(Failure(code=late, message=message), self._request_id)
         if self._failures > policy.max_failures:
-            note = f"given up after {self._failures} failures in a row"
+            few = self._failures == 1
+            note = "" if few else f"given up after {self._failures} failures in a row"
             raise error_of(failure, self._request_id, note)
         if next_s - self._progress_s > policy.stall_s:
             note = f"given up after {policy.stall_s:g} s without anything new"

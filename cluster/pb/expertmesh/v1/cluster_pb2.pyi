@@ -790,6 +790,8 @@ class GatewayStats(_message.Message):
     PREFIX_STATE_BYTES_FIELD_NUMBER: _builtins.int
     PREFIX_BLOCK_EVICTIONS_FIELD_NUMBER: _builtins.int
     PREFIX_STATE_EVICTIONS_FIELD_NUMBER: _builtins.int
+    PREFIX_FETCHES_FIELD_NUMBER: _builtins.int
+    PREFIX_FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_blocks_used: _builtins.int
@@ -833,6 +835,9 @@ class GatewayStats(_message.Message):
     prefix_state_bytes: _builtins.int
     prefix_block_evictions: _builtins.int
     prefix_state_evictions: _builtins.int
+    prefix_fetches: _builtins.int
+    """Sequences that began with what another gateway had kept, and its tokens."""
+    prefix_fetched_tokens: _builtins.int
     @_builtins.property
     def rows_by_worker(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Expert worker to the rows that were sent to it."""
@@ -883,10 +888,12 @@ class GatewayStats(_message.Message):
         prefix_state_bytes: _builtins.int = ...,
         prefix_block_evictions: _builtins.int = ...,
         prefix_state_evictions: _builtins.int = ...,
+        prefix_fetches: _builtins.int = ...,
+        prefix_fetched_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "longest_deadline_s", b"longest_deadline_s", "moved", b"moved", "parked_s", b"parked_s", "preemptions", b"preemptions", "prefix_block_evictions", b"prefix_block_evictions", "prefix_blocks", b"prefix_blocks", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_hits", b"prefix_hits", "prefix_kv_bytes", b"prefix_kv_bytes", "prefix_lookups", b"prefix_lookups", "prefix_state_bytes", b"prefix_state_bytes", "prefix_state_evictions", b"prefix_state_evictions", "prefix_states", b"prefix_states", "recomputed_tokens", b"recomputed_tokens", "recomputes", b"recomputes", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "replayed_tokens", b"replayed_tokens", "resends", b"resends", "restores", b"restores", "rows_by_worker", b"rows_by_worker", "running", b"running", "snapshot_bytes", b"snapshot_bytes", "snapshots_evicted", b"snapshots_evicted", "snapshots_skipped", b"snapshots_skipped", "snapshots_stored", b"snapshots_stored", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_wait_s", b"dispatch_wait_s", "hedges", b"hedges", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "longest_deadline_s", b"longest_deadline_s", "moved", b"moved", "parked_s", b"parked_s", "preemptions", b"preemptions", "prefix_block_evictions", b"prefix_block_evictions", "prefix_blocks", b"prefix_blocks", "prefix_fetched_tokens", b"prefix_fetched_tokens", "prefix_fetches", b"prefix_fetches", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_hits", b"prefix_hits", "prefix_kv_bytes", b"prefix_kv_bytes", "prefix_lookups", b"prefix_lookups", "prefix_state_bytes", b"prefix_state_bytes", "prefix_state_evictions", b"prefix_state_evictions", "prefix_states", b"prefix_states", "recomputed_tokens", b"recomputed_tokens", "recomputes", b"recomputes", "recoveries", b"recoveries", "recovery_s", b"recovery_s", "replayed_tokens", b"replayed_tokens", "resends", b"resends", "restores", b"restores", "rows_by_worker", b"rows_by_worker", "running", b"running", "snapshot_bytes", b"snapshot_bytes", "snapshots_evicted", b"snapshots_evicted", "snapshots_skipped", b"snapshots_skipped", "snapshots_stored", b"snapshots_stored", "state_blocks_total", b"state_blocks_total", "state_blocks_used", b"state_blocks_used", "step_s", b"step_s", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

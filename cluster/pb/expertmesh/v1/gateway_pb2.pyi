@@ -109,6 +109,57 @@ REFUSAL_REASON_ISOLATED: RefusalReason.ValueType  # 22
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
+class SendPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    RECEIVER_FIELD_NUMBER: _builtins.int
+    MOST_BYTES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.int
+    """As in `Prefix`."""
+    name: _builtins.str
+    """Of a request that nobody makes; chosen by the receiver, once."""
+    receiver: _builtins.str
+    """NAME.INCARNATION of the gateway that is to have it."""
+    most_bytes: _builtins.int
+    """A larger one is not sent: it would drive out what is kept there for others."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.int = ...,
+        name: _builtins.str = ...,
+        receiver: _builtins.str = ...,
+        most_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "most_bytes", b"most_bytes", "name", b"name", "receiver", b"receiver"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendPrefixRequest: _TypeAlias = SendPrefixRequest  # noqa: Y015
+
+@_typing.final
+class SendPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    is_whole: _builtins.bool
+    def __init__(
+        self,
+        *,
+        is_whole: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_whole", b"is_whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendPrefixResponse: _TypeAlias = SendPrefixResponse  # noqa: Y015
+
+@_typing.final
 class KeepRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -460,6 +511,7 @@ class Submit(_message.Message):
     RESUME_WINDOW_S_FIELD_NUMBER: _builtins.int
     DEATHS_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
     cache_salt: _builtins.str
@@ -486,6 +538,10 @@ class Submit(_message.Message):
     def snapshots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotPlace]:
         """What need not be computed again."""
 
+    @_builtins.property
+    def prefix(self) -> Global___PrefixPlace:
+        """Where the begin of the prompt is kept, if it is cheaper to fetch than to compute."""
+
     def __init__(
         self,
         *,
@@ -501,14 +557,39 @@ class Submit(_message.Message):
         resume_window_s: _builtins.float = ...,
         deaths: _builtins.int = ...,
         snapshots: _abc.Iterable[Global___SnapshotPlace] | None = ...,
+        prefix: Global___PrefixPlace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prefix", b"prefix", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "cache_salt", b"cache_salt", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "cache_salt", b"cache_salt", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prefix", b"prefix", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class PrefixPlace(_message.Message):
+    """`holder` is NAME.INCARNATION of the gateway that keeps the first tokens of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    holder: _builtins.str
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        holder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixPlace: _TypeAlias = PrefixPlace  # noqa: Y015
 
 @_typing.final
 class SnapshotPlace(_message.Message):

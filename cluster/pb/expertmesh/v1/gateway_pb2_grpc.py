@@ -122,6 +122,11 @@ class SnapshotServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.SendPrefix = channel.unary_unary(
+                '/expertmesh.v1.SnapshotService/SendPrefix',
+                request_serializer=expertmesh_dot_v1_dot_gateway__pb2.SendPrefixRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_gateway__pb2.SendPrefixResponse.FromString,
+                _registered_method=True)
 
 
 class SnapshotServiceServicer(object):
@@ -144,6 +149,14 @@ class SnapshotServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendPrefix(self, request, context):
+        """Sends a prefix whose state is kept to where another gateway takes snapshots, as one of a request
+        of this name; answers once it is whole there, or at once when it is not kept any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SnapshotServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -156,6 +169,11 @@ def add_SnapshotServiceServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.SerializeToString,
+            ),
+            'SendPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendPrefix,
+                    request_deserializer=expertmesh_dot_v1_dot_gateway__pb2.SendPrefixRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_gateway__pb2.SendPrefixResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -213,6 +231,33 @@ class SnapshotService(object):
             '/expertmesh.v1.SnapshotService/Fetch',
             expertmesh_dot_v1_dot_gateway__pb2.FetchRequest.SerializeToString,
             expertmesh_dot_v1_dot_gateway__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.SnapshotService/SendPrefix',
+            expertmesh_dot_v1_dot_gateway__pb2.SendPrefixRequest.SerializeToString,
+            expertmesh_dot_v1_dot_gateway__pb2.SendPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -77,6 +77,10 @@ class SnapshotServiceStub:
     """
     Fetch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]
     """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
+    SendPrefix: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.SendPrefixRequest, _gateway_pb2.SendPrefixResponse]
+    """Sends a prefix whose state is kept to where another gateway takes snapshots, as one of a request
+    of this name; answers once it is whole there, or at once when it is not kept any more.
+    """
 
 @_typing.type_check_only
 class SnapshotServiceAsyncStub(SnapshotServiceStub):
@@ -90,6 +94,10 @@ class SnapshotServiceAsyncStub(SnapshotServiceStub):
     """
     Fetch: _aio.UnaryStreamMultiCallable[_gateway_pb2.FetchRequest, _gateway_pb2.FetchResponse]  # type: ignore[assignment]
     """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
+    SendPrefix: _aio.UnaryUnaryMultiCallable[_gateway_pb2.SendPrefixRequest, _gateway_pb2.SendPrefixResponse]  # type: ignore[assignment]
+    """Sends a prefix whose state is kept to where another gateway takes snapshots, as one of a request
+    of this name; answers once it is whole there, or at once when it is not kept any more.
+    """
 
 class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
     """A gateway, as the ranks of other gateways see it: it keeps snapshots of their sequences."""
@@ -112,5 +120,15 @@ class SnapshotServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.FetchResponse], _abc.AsyncIterator[_gateway_pb2.FetchResponse]]:
         """The newest whole snapshot of a sequence, one rank's part after the other; none is no error."""
+
+    @_abc_1.abstractmethod
+    def SendPrefix(
+        self,
+        request: _gateway_pb2.SendPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_pb2.SendPrefixResponse, _abc.Awaitable[_gateway_pb2.SendPrefixResponse]]:
+        """Sends a prefix whose state is kept to where another gateway takes snapshots, as one of a request
+        of this name; answers once it is whole there, or at once when it is not kept any more.
+        """
 
 def add_SnapshotServiceServicer_to_server(servicer: SnapshotServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
