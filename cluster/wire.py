@@ -79,6 +79,7 @@ def submit_message(request: Request) -> gateway_pb2.Submit:
         snapshots=[place_message(place) for place in request.snapshots],
         prefix=_prefix_message(request.prefix),
         resume_window_s=request.resume_window_s,
+        was_admitted=request.was_admitted,
         deaths=request.deaths,
         cache_salt=request.cache_salt,
     )
@@ -131,6 +132,7 @@ def request_of(message: gateway_pb2.Submit) -> Request:
         snapshots=tuple(map(place_of, message.snapshots)),
         prefix=_prefix_of(message.prefix) if message.HasField("prefix") else None,
         resume_window_s=message.resume_window_s,
+        was_admitted=message.was_admitted,
         deaths=message.deaths,
         cache_salt=message.cache_salt,
     )

@@ -73,8 +73,9 @@ class Request:
     `emitted` holds, per sequence, the tokens that the client already has (resumption), and
     `snapshots` where to find what need not be computed again; `prefix` is where other requests have
     left the begin of its prompt, if it is cheaper to fetch than to compute. For `resume_window_s`
-    it is kept when its client is gone, or when it has ended. `deaths` counts the gateways that died
-    with it. Only requests with the same `cache_salt` profit from each other's prompts.
+    it is kept when its client is gone, or when it has ended. `was_admitted` says that a gateway had
+    it that has left or was lost, and `deaths` how many of them died with it. Only requests with the
+    same `cache_salt` profit from each other's prompts.
     """
 
     request_id: str
@@ -88,6 +89,7 @@ class Request:
     snapshots: tuple[SnapshotPlace, ...] = ()
     prefix: PrefixPlace | None = None
     resume_window_s: float = 0.0
+    was_admitted: bool = False
     deaths: int = 0
     cache_salt: str = ""
 

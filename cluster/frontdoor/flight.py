@@ -65,6 +65,7 @@ class Flight:
         self._places: dict[int, list[SnapshotPlace]] = {}  # by sequence, the newest last
         self._legs: list[tuple[MemberId, int]] = []
         self._is_admitted = job.is_resumed
+        self._was_at_gateway = False  # that has left or was lost since: not by the client's word
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
         self._lost_s: float | None = None  # when a gateway was lost last
@@ -173,6 +174,7 @@ class Flight:
             emitted=tuple(map(tuple, self._emitted)) if any(self._emitted) else (),
             snapshots=places,
             prefix=None if places else self._pool.prefix_for(session, self._request),
+            was_admitted=self._was_at_gateway,
             deaths=self._tenure.num_deaths,
         )
         self._legs.append((session.member.id, self._fewest_tokens()))
@@ -251,7 +253,7 @@ class Flight:
     def _lost(self) -> None:
         assert self._session is not None
         self._tenure.lost_at(self._session.member.id, self._fewest_tokens())
-        self._session, self._is_admitted = None, True
+        self._session, self._is_admitted, self._was_at_gateway = None, True, True
         self._deadline_s, self._lost_s = None, self._clock.now_s()
 
     def _refuse(self, error: ExpertmeshError) -> None:
@@ -288,7 +290,7 @@ class Flight:
         if event.finish is FinishReason.ERROR:
             raise ExpertmeshError(f"the gateway failed at the request: {event.error}")
         if event.finish is FinishReason.MOVED:
-            self._is_admitted, self._deadline_s = True, None
+            self._is_admitted, self._was_at_gateway, self._deadline_s = True, True, None
             if self._session is not None:  # else it was lost as well
                 self._refused_by.add(self._session.member.id)
         unasked = {FinishReason.CANCELLED, FinishReason.MOVED}

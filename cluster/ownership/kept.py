@@ -103,5 +103,6 @@ def _substance(request: Request) -> Request:
         snapshots=(),
         prefix=None,
         resume_window_s=0.0,
+        was_admitted=False,
         deaths=0,
     )

@@ -1,5 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -290,9 +290,10 @@ def test_only_requests_that_were_never_admitted_can_be_too_many():
     with pytest.raises(OverloadedError) as refusal:
         engine.submit(make_request("b"))
     engine.submit(make_request("c", emitted=((1,),)))
+    engine.submit(replace(make_request("d"), was_admitted=True))
 
     assert refusal.value.retry_after_s > 0
-    assert engine.stats().waiting == 3
+    assert engine.stats().waiting == 4
 
 
 submissions = st.fixed_dictionaries(

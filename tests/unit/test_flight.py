@@ -225,3 +225,22 @@ async def test_a_gateway_that_moves_a_request_and_is_gone_when_no_other_one_is_t
     task.cancel()
 
     assert request.emitted == ((5,),)
+
+
+@pytest.mark.parametrize("how", ["it leaves", "it is lost"])
+async def test_a_request_without_a_token_goes_on_by_right_where_its_gateway_is_no_more(how) -> None:
+    pool = FakePool("a", "b")
+    flight = take_off(make_request(max_tokens=50), pool)
+    a, b = pool.sessions
+
+    def leave() -> None:
+        if how == "it leaves":
+            flight.deliver(event(0, (), finish=FinishReason.MOVED))
+        else:
+            pool.lose(a, flight)
+
+    task = await fly(flight, leave)
+    request = await submitted_at(b)
+    task.cancel()
+
+    assert [r.was_admitted for r in (*a.submitted, request)] == [False, True]

@@ -76,6 +76,7 @@ def test_each_sequence_gets_what_it_lacks_and_its_end() -> None:
         (asked(prompt_token_ids=(1,)), False),
         (asked(sampling=Sampling(seed=2)), False),
         (asked(resume_window_s=0.0, deaths=1), True),
+        (asked(was_admitted=True), True),
         (asked(prefix=PrefixPlace(1, "gateway-0.1")), True),
     ],
 )

@@ -135,7 +135,7 @@ class GatewayEngine:
                 raise DuplicateRequestError(f"request {request.request_id} is running here already")
             room = self._options.max_waiting + self._scheduler.states.num_free
             waiting = self._scheduler.num_fresh
-            was_begun = any(request.emitted) or request.deaths > 0
+            was_begun = request.was_admitted or any(request.emitted) or request.deaths > 0
             if waiting + request.num_sequences > room and not was_begun:
                 raise OverloadedError(
                     f"{waiting} sequences wait here; there is no room for "

@@ -510,6 +510,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     RESUME_WINDOW_S_FIELD_NUMBER: _builtins.int
     DEATHS_FIELD_NUMBER: _builtins.int
+    WAS_ADMITTED_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -520,6 +521,8 @@ class Submit(_message.Message):
     """How long the request is kept when its client or front door is gone, or when it has ended."""
     deaths: _builtins.int
     """How many gateways have died with it."""
+    was_admitted: _builtins.bool
+    """A gateway had it that has left or was lost: no queue is too full for it."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -556,12 +559,13 @@ class Submit(_message.Message):
         cache_salt: _builtins.str = ...,
         resume_window_s: _builtins.float = ...,
         deaths: _builtins.int = ...,
+        was_admitted: _builtins.bool = ...,
         snapshots: _abc.Iterable[Global___SnapshotPlace] | None = ...,
         prefix: Global___PrefixPlace | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prefix", b"prefix", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "cache_salt", b"cache_salt", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prefix", b"prefix", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "cache_salt", b"cache_salt", "deaths", b"deaths", "emitted", b"emitted", "eos_token_ids", b"eos_token_ids", "output", b"output", "prefix", b"prefix", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "sampling", b"sampling", "snapshots", b"snapshots", "stopping", b"stopping", "was_admitted", b"was_admitted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
