@@ -283,18 +283,13 @@ class Flight:
         """Return what is new in an event, if anything; what is not is dropped."""
         if event.finish is not None:
             self._at_gateway.discard(event.sequence_index)
+        if not self._running or self._is_left(event):
+            return []
         if event.sequence_index not in self._running:
             return []
         emitted = self._emitted[event.sequence_index]
         num_known = len(emitted) - event.first_token_index
-        if event.finish is FinishReason.ERROR:
-            raise ExpertmeshError(f"the gateway failed at the request: {event.error}")
-        if event.finish is FinishReason.MOVED:
-            self._is_admitted, self._was_at_gateway, self._deadline_s = True, True, None
-            if self._session is not None:  # else it was lost as well
-                self._refused_by.add(self._session.member.id)
-        unasked = {FinishReason.CANCELLED, FinishReason.MOVED}
-        if num_known < 0 or event.finish in unasked:
+        if num_known < 0:
             self._leave()
             return []
         fresh = replace(
@@ -313,6 +308,22 @@ class Flight:
         if fresh.finish is not None:
             self._running.discard(fresh.sequence_index)
         return [fresh]
+
+    def _is_left(self, event: TokenEvent) -> bool:
+        """Leave the gateway if it says that it has, or give up.
+
+        What it says so of one sequence holds for all, also of one whose text ended here before.
+        """
+        if event.finish is FinishReason.ERROR:
+            raise ExpertmeshError(f"the gateway failed at the request: {event.error}")
+        if event.finish not in {FinishReason.CANCELLED, FinishReason.MOVED}:
+            return False
+        if event.finish is FinishReason.MOVED:
+            self._is_admitted, self._was_at_gateway, self._deadline_s = True, True, None
+            if self._session is not None:  # else it was lost as well
+                self._refused_by.add(self._session.member.id)
+        self._leave()
+        return True
 
     def _cancelled(self, sequence_index: int) -> TokenEvent:
         self._running.discard(sequence_index)

@@ -10,7 +10,7 @@ from cluster.frontdoor.options import FrontDoorOptions
 from cluster.ownership.directory import GRANT
 from tests.fakes import LoneOwnership
 from tests.unit.harness_gateway import make_request
-from workers.errors import DrainingError
+from workers.errors import DrainingError, ExpertmeshError
 from workers.placement import MemberId
 from workers.types import FinishReason, PrefixPlace, Request, SnapshotPlace, TokenEvent
 
@@ -169,6 +169,36 @@ async def test_a_moved_request_goes_on_at_its_holder_and_not_where_it_was() -> N
     tokens = [(e.sequence_index, *e.token_ids) for e in events]
     assert tokens == [(0, 5), (1, 6), (0, 8, 9), (1, 4, 4)]
     assert all(e.finish is not FinishReason.MOVED for e in events)
+
+
+async def test_what_a_gateway_says_of_a_sequence_whose_text_has_ended_is_heard_for_the_others() -> (
+    None
+):
+    pool = FakePool("a", "b")
+    flight = take_off(make_request(max_tokens=9, num_sequences=2), pool)
+    a, b = pool.sessions
+    task = await fly(
+        flight,
+        lambda: flight.deliver(event(0, (5,))),
+        lambda: flight.end_sequence(0),  # by a stop string, of which the gateway knows nothing
+        lambda: flight.deliver(event(4, (), finish=FinishReason.MOVED)),
+        lambda: flight.deliver(event(0, (6,), 2, sequence=1, finish=FinishReason.LENGTH)),
+    )
+    await asyncio.wait_for(task, 1.0)
+
+    assert (len(a.submitted), len(b.submitted)) == (1, 1)
+
+
+async def test_an_error_of_a_sequence_whose_text_has_ended_ends_the_others() -> None:
+    pool = FakePool("a", "b")
+    flight = take_off(make_request(max_tokens=9, num_sequences=2), pool)
+    task = await fly(
+        flight,
+        lambda: flight.end_sequence(0),
+        lambda: flight.deliver(event(4, (), finish=FinishReason.ERROR)),
+    )
+    with pytest.raises(ExpertmeshError, match="the gateway failed at the request"):
+        await asyncio.wait_for(task, 1.0)
 
 
 async def test_a_gateway_that_refuses_is_no_leg_of_the_route() -> None:
