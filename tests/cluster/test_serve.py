@@ -55,8 +55,9 @@ def test_status_names_every_member_with_pid_state_and_slots(cluster: Served) -> 
     assert status["coverage"]["complete"] is True
     pids = {p.pid for p in descendants(cluster.process.pid)}
     assert {m["pid"] for m in status["members"]} <= pids
-    copies = sum(m["slots_used"] for m in cluster.members("EXPERT_WORKER")) / (8 * 32)
-    assert copies in {1, 2}  # two where this machine's memory allows
+    workers = cluster.members("EXPERT_WORKER")
+    num_copies = sum(m["slots_used"] for m in workers)  # some are on their way after a repair
+    assert 8 * 32 <= num_copies <= sum(m["slots_total"] for m in workers)
 
 
 def test_health_is_serving(cluster: Served) -> None:
