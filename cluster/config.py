@@ -94,7 +94,7 @@ class GatewaySection(ProcessSection):
     max_resume_window_s: Seconds = 600.0
     """The longest time for which a request is kept without its client, whatever it asks for."""
     max_deaths: PositiveCount = 3
-    """Deaths of gateways in a row with the same request, each less than 16 tokens after the one
+    """Deaths of gateways in a row with the same request, each less than 8 tokens after the one
     before, after which it is taken for their cause and failed; before the last of them it runs
     beside no other such one."""
     sibling_silence_s: Seconds = 3.0

@@ -236,6 +236,7 @@ def claim_message(claim: Claim) -> gateway_pb2.Claim:
         owner=claim.owner,
         resume_window_s=claim.resume_window_s,
         deaths=claim.deaths,
+        died_at=claim.died_at,
         snapshot_holder=claim.snapshot_holder,
     )
 
@@ -249,6 +250,7 @@ def claim_of(message: gateway_pb2.Claim, front_door: str) -> Claim:
         front_door=front_door,
         resume_window_s=message.resume_window_s,
         deaths=message.deaths,
+        died_at=message.died_at if message.HasField("died_at") else None,
         snapshot_holder=message.snapshot_holder,
     )
 
@@ -260,6 +262,7 @@ def release_message(claim: Claim) -> gateway_pb2.Release:
         assignment=claim.assignment,
         keep_s=claim.resume_window_s,
         deaths=claim.deaths,
+        died_at=claim.died_at,
     )
 
 
@@ -272,6 +275,7 @@ def released_of(message: gateway_pb2.Release, front_door: str) -> Claim:
         front_door=front_door,
         resume_window_s=message.keep_s,
         deaths=message.deaths,
+        died_at=message.died_at if message.HasField("died_at") else None,
     )
 
 
@@ -286,6 +290,7 @@ def claimed_message(ticket: int, assignment: int, known: Claim | None) -> gatewa
         owner=known.owner,
         owner_assignment=known.assignment,
         deaths=known.deaths,
+        died_at=known.died_at,
         snapshot_holder=known.snapshot_holder,
     )
 

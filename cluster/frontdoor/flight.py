@@ -6,6 +6,8 @@ from dataclasses import replace
 from enum import Enum
 from typing import NoReturn
 
+import structlog
+
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
 from cluster.frontdoor.ownership import Ownership
@@ -23,10 +25,13 @@ from workers.errors import (
 from workers.placement import MemberId
 from workers.types import FinishReason, SnapshotPlace, TokenEvent
 
+_log = structlog.get_logger()
+
 ROUTE_KEY = "expertmesh-route"  # of a call's trailing metadata; see `Flight.route`
 
 _MOST_LEGS = 32  # that are told: metadata has its bounds
 _PLACES = 4  # remembered of each sequence; a holder keeps two
+_MOST_ROUNDS = 3  # after which a request that all refuse is not sent more seldom
 _SILENCES = 1.25  # of a gateway, until all that fell silent with another one are known to be lost
 
 
@@ -69,6 +74,8 @@ class Flight:
         self._has_prompt_logprobs = False
         self._deadline_s: float | None = None
         self._lost_s: float | None = None  # when a gateway was lost last
+        self._num_rounds = 0  # in which every gateway has refused it, since it last had a place
+        self._isolated_s: float | None = None  # since when it waits for another suspect
 
     @property
     def assignment(self) -> int:
@@ -167,6 +174,7 @@ class Flight:
         if session is None:
             return
         self._session = session
+        self._tenure.reached(self._fewest_tokens())
         self._at_gateway = set(range(self._request.num_sequences))
         request = replace(
             self._request,
@@ -213,7 +221,7 @@ class Flight:
         self._deadline_s = self._deadline_s or now_s + wait_s
         if now_s >= self._deadline_s:
             raise UnavailableError(f"no gateway could take the request within {wait_s:g} s")
-        retry_s = self._pool.options.gateway_retry_s if self._refused_by else wait_s
+        retry_s = self._retry_s() if self._refused_by else wait_s
         if self._waits_for_others():
             retry_s = min(retry_s, self._others_s())
         try:
@@ -221,8 +229,14 @@ class Flight:
                 notice = await self._notices.get()
         except TimeoutError:
             self._refused_by.clear()
+            self._num_rounds += 1
             return []
         return self._heed(*notice)
+
+    def _retry_s(self) -> float:
+        """Return when a request that all have refused is sent again: its prompt may be long."""
+        doublings = min(self._num_rounds, _MOST_ROUNDS)
+        return self._pool.options.gateway_retry_s * float(1 << doublings)
 
     def _heed(
         self, assignment: int, notice: TokenEvent | ExpertmeshError | _Notice
@@ -271,6 +285,7 @@ class Flight:
                 return
             case IsolatedError():
                 self._deadline_s = None  # it waits for the other one's end
+                self._isolated(error)
                 return
             case OverloadedError():
                 if self._is_admitted or self._pool.choose(self._refused_by) is not None:
@@ -278,6 +293,18 @@ class Flight:
             case DuplicateRequestError() if self._is_admitted:
                 return  # an older assignment of it is still being freed there
         raise error
+
+    def _isolated(self, error: IsolatedError | None) -> None:
+        """Have it known that a suspect waits for another one, and for how long it has."""
+        now_s = self._clock.now_s()
+        if error is not None and self._isolated_s is None:
+            self._isolated_s = now_s
+            deaths = self._tenure.num_deaths
+            _log.info("a suspect waits", request_id=self.request_id, deaths=deaths, why=str(error))
+        elif error is None and self._isolated_s is not None:
+            waited_s = round(now_s - self._isolated_s, 3)
+            _log.info("a suspect goes on", request_id=self.request_id, waited_s=waited_s)
+            self._isolated_s = None
 
     def _take(self, event: TokenEvent) -> list[TokenEvent]:
         """Return what is new in an event, if anything; what is not is dropped."""
@@ -304,6 +331,8 @@ class Flight:
         emitted.extend(fresh.token_ids)
         self._is_admitted, self._deadline_s = True, None
         self._refused_by.clear()
+        self._num_rounds = 0
+        self._isolated(None)
         self._has_prompt_logprobs |= bool(fresh.prompt_logprobs)
         if fresh.finish is not None:
             self._running.discard(fresh.sequence_index)

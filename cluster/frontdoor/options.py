@@ -19,7 +19,7 @@ class FrontDoorOptions:
     completion when gateways are compared, and fetching a prefix of a prompt from another gateway
     counts like computing `prefix_fetch_tokens` of it; with 0 none is fetched. A gateway that says
     nothing for `gateway_silence_s` is taken for lost; it tells its load several times in that time.
-    A request with which `max_deaths` gateways died in a row, less than 16 tokens further each time,
+    A request with which `max_deaths` gateways died in a row, less than 8 tokens further each time,
     is failed. With `experts_in_gateway` there are no expert workers whose coverage health would
     depend on.
     """

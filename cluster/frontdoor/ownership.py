@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -33,7 +33,8 @@ class Holder(Protocol):
 @dataclass(slots=True)
 class _Held:
     holder: Holder
-    places: set[GatewaySession] = field(default_factory=set)  # where the claim is known
+    claim: Claim  # as it was told last
+    places: set[GatewaySession]  # where it is known
 
 
 class Ownership:
@@ -71,9 +72,9 @@ class Ownership:
         """Tell the directories what a call has now, and again whenever they move."""
         claim = holder.claim
         key = (claim.request_id, grant_of(claim.assignment))
-        held = self._held.setdefault(key, _Held(holder))
-        held.places = set(self._pool.directories(claim.request_id))
-        _renew(held.places, claim)
+        places = set(self._pool.directories(claim.request_id))
+        self._held[key] = _Held(holder, claim, places)
+        _renew(places, claim)
 
     def release(self, claim: Claim) -> None:
         """Give a claim up; directories remember it for its window."""
@@ -129,13 +130,16 @@ class Ownership:
             _release(self._pool.directories(claim.request_id), _granted(claim, grant))
 
     def _follow_directories(self) -> None:
-        """Renew claims whose directory is another one now, and take them from the former one."""
+        """Renew claims whose directory is another one now, and take them from the former one.
+
+        One that has changed is renewed everywhere: a gateway that is back has not died.
+        """
         for held in self._held.values():
             claim = held.holder.claim
             places = set(self._pool.directories(claim.request_id))
-            _renew(places - held.places, claim)
+            _renew(places if claim != held.claim else places - held.places, claim)
             _release(held.places - places, replace(claim, resume_window_s=0.0, deaths=0))
-            held.places = places
+            held.claim, held.places = claim, places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +171,7 @@ class _Question:
             owner=answer.owner,
             assignment=answer.owner_assignment,
             deaths=answer.deaths,
+            died_at=answer.died_at if answer.HasField("died_at") else None,
             snapshot_holder=answer.snapshot_holder,
         )
         return Grant(answer.assignment, previous)
@@ -186,6 +191,7 @@ def _granted(claim: Claim, grant: Grant) -> Claim:
         assignment=grant.assignment,
         resume_window_s=known.resume_window_s if known else 0.0,
         deaths=known.deaths if known else 0,
+        died_at=known.died_at if known else None,
     )
 
 

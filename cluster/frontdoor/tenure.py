@@ -6,11 +6,9 @@ from dataclasses import replace
 from cluster.frontdoor.admission import Job
 from cluster.frontdoor.gateways import GatewayPool, GatewaySession
 from cluster.frontdoor.ownership import Ownership
-from cluster.ownership.directory import GRANT, Claim, is_suspect
+from cluster.ownership.directory import GRANT, HARMLESS_TOKENS, Claim, grant_of, is_suspect
 from workers.errors import ExpertmeshError
 from workers.placement import MemberId
-
-_HARMLESS_TOKENS = 16  # whoever has come so far since one death is not blamed for it after another
 
 
 class Tenure:
@@ -51,7 +49,7 @@ class Tenure:
         self._former: tuple[str, int] | None = None  # a gateway that may still hold an assignment
         self._lost_at: set[MemberId] = set()
         self._earlier_deaths = 0  # which another call has counted
-        self._tokens_at_loss: int | None = None  # where others' deaths were is not known
+        self._tokens_at_loss: int | None = None  # None where it is not known
         self._has_begun = False
 
     @property
@@ -62,7 +60,7 @@ class Tenure:
     @property
     def claim(self) -> Claim:
         """What the call claims now."""
-        return replace(self._claim, deaths=self.num_deaths)
+        return replace(self._claim, deaths=self.num_deaths, died_at=self._tokens_at_loss)
 
     @property
     def snapshot_holder(self) -> str:
@@ -117,19 +115,26 @@ class Tenure:
             former.let_go(self._claim.request_id, self._former[1])
         self._former = None
 
+    def reached(self, num_tokens: int) -> None:
+        """Note how far the request is: what it has left behind was not its doing.
+
+        What kills a gateway does so again where it did before.
+
+        Args:
+            num_tokens: So far, of the running sequence that has the fewest.
+        """
+        before = self._tokens_at_loss
+        if before is not None and num_tokens - before >= HARMLESS_TOKENS:
+            self._lost_at, self._earlier_deaths, self._tokens_at_loss = set(), 0, None
+
     def lost_at(self, gateway: MemberId, num_tokens: int) -> None:
         """Note that the gateway of the newest submission can no longer be reached.
-
-        A request that has brought tokens since the loss before was not that one's cause: what kills
-        a gateway does so again where it did before.
 
         Args:
             gateway: The gateway.
             num_tokens: So far, of the running sequence that has the fewest.
         """
-        before = self._tokens_at_loss
-        if before is not None and num_tokens - before >= _HARMLESS_TOKENS:
-            self._lost_at, self._earlier_deaths = set(), 0
+        self.reached(num_tokens)
         self._tokens_at_loss = num_tokens
         self._lost_at.add(gateway)
         self._former = (str(gateway), self.assignment)
@@ -157,7 +162,7 @@ class Tenure:
         """Give the claim up; it is remembered for `keep_s`, its deaths unless all went well."""
         if self._has_begun:
             deaths = 0 if has_ended_well else self.num_deaths
-            self._ownership.release(replace(self._claim, resume_window_s=keep_s, deaths=deaths))
+            self._ownership.release(replace(self.claim, resume_window_s=keep_s, deaths=deaths))
 
     async def _take(self) -> None:
         claim = self._claim
@@ -170,10 +175,17 @@ class Tenure:
             if grant is None:
                 return
             self._claim = replace(claim, assignment=grant.assignment)
-            known = grant.previous
-            if known is not None:
-                self._former = (known.owner, known.assignment)
-                self._earlier_deaths = max(self._earlier_deaths, known.deaths)
-                self._claim = replace(self._claim, snapshot_holder=known.snapshot_holder)
+            if grant.previous is not None:
+                is_own = grant_of(grant.previous.assignment) == grant_of(claim.assignment)
+                self._inherit(grant.previous, is_own=is_own)
         self._has_begun, self._must_ask, self._takes_over = True, True, False
         self._ownership.hold(self)
+
+    def _inherit(self, known: Claim, *, is_own: bool) -> None:
+        """Go on from what the claim before says; of its own deaths this call knows more."""
+        self._former = (known.owner, known.assignment)
+        self._claim = replace(self._claim, snapshot_holder=known.snapshot_holder)
+        if not is_own and known.deaths > self._earlier_deaths:
+            self._earlier_deaths = known.deaths
+            at = [n for n in (self._tokens_at_loss, known.died_at) if n is not None]
+            self._tokens_at_loss = max(at, default=None)

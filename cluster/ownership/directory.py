@@ -16,6 +16,7 @@ from workers.placement import MemberId
 
 GRANT = 1 << 20  # submissions that one call may count
 MAX_DEATHS = 3  # of gateways, with the same request
+HARMLESS_TOKENS = 8  # whoever has come so far since one death is not blamed for it after another
 NUM_DIRECTORIES = 2  # the first grants, the second knows when the first is lost
 _MEMORY_S = 600.0  # for how long it is known that gateways died with a request
 
@@ -46,8 +47,9 @@ def is_suspect(deaths: int, max_deaths: int = MAX_DEATHS) -> bool:
 class Claim:
     """Who has a request: the front door of its client's call, and the gateway that runs it.
 
-    `deaths` counts the gateways that died with it; `snapshot_holder` keeps snapshots of it. For
-    `resume_window_s` it is kept when the front door is gone.
+    `deaths` counts the gateways that died with it, the last of them at `died_at` tokens, as
+    far as that is known; `snapshot_holder` keeps snapshots of it. For `resume_window_s` it is kept
+    when the front door is gone.
     """
 
     request_id: str
@@ -56,6 +58,7 @@ class Claim:
     front_door: str
     resume_window_s: float = 0.0
     deaths: int = 0
+    died_at: int | None = None
     snapshot_holder: str = ""
 
     @property
@@ -101,11 +104,13 @@ class Directory:
                 return Grant(0, previous)
         known = previous or claim
         number = grant_of(max(above, known.assignment)) + GRANT
+        deadlier = max(claim, known, key=lambda asked: asked.deaths)
         granted = replace(
             claim,
             assignment=number,
             owner=claim.owner or known.owner,
-            deaths=max(claim.deaths, known.deaths),
+            deaths=deadlier.deaths,
+            died_at=deadlier.died_at,
             snapshot_holder=claim.snapshot_holder or known.snapshot_holder,
         )
         self._entries[claim.request_id] = _Entry(granted)
@@ -126,7 +131,7 @@ class Directory:
         """
         entry = self._entries.get(claim.request_id)
         if entry is not None and entry.claim.fence <= claim.fence:
-            entry.claim = replace(entry.claim, deaths=claim.deaths)
+            entry.claim = replace(entry.claim, deaths=claim.deaths, died_at=claim.died_at)
             self._orphan(entry, claim.resume_window_s, now_s)
 
     def front_door_gone(self, name: str, now_s: float) -> None:

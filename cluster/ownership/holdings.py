@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from cluster.ownership.directory import MAX_DEATHS, is_suspect
+from cluster.ownership.directory import HARMLESS_TOKENS, MAX_DEATHS, is_suspect
 from cluster.ownership.kept import KeptRequest
 from workers.clock import Clock
 from workers.errors import IsolatedError, StaleAssignmentError
@@ -19,7 +19,7 @@ Sink = Callable[[Sequence[TokenEvent]], None]
 
 NO_SNAPSHOTS: Mapping[int, Snapshot] = MappingProxyType({})
 _NOT_KEPT = (FinishReason.ERROR, FinishReason.MOVED)
-_HARMLESS_TOKENS = 32  # that a suspect brings: what harms a gateway does so again where it did
+_ON_THE_WAY = 4  # tokens that a front door has not counted yet
 
 
 class ServingGateway(Protocol):
@@ -165,7 +165,7 @@ class Holdings:
             return
         for held in self._holdings.values():
             is_other = is_suspect(held.running.deaths, self._max_deaths) and not held.kept.has_ended
-            if is_other and held.kept.num_new < _HARMLESS_TOKENS:
+            if is_other and held.kept.num_new < HARMLESS_TOKENS + _ON_THE_WAY:
                 raise IsolatedError(
                     f"request {held.running.request_id} runs here, and gateways died with it too"
                 )

@@ -255,11 +255,11 @@ def test_a_suspect_that_has_come_far_keeps_no_other_one_waiting() -> None:
     bench = Bench()
     bench.holdings.submit(replace(ONE, deaths=2), bench.a)
     other = replace(ONE, request_id="t", deaths=2)
-    bench.holdings.take([event(0, *range(5, 36))])
+    bench.holdings.take([event(0, *range(5, 16))])
     with pytest.raises(IsolatedError):
         bench.holdings.submit(other, bench.b)
 
-    bench.holdings.take([event(31, 36)])
+    bench.holdings.take([event(11, 16)])
     bench.holdings.submit(other, bench.b)
     assert set(bench.worker.running) == {"r", "t"}
 

@@ -143,26 +143,65 @@ async def test_only_gateways_that_stay_away_have_died() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "deaths"),
+    ("died_at", "tokens", "deaths"),
     [
-        ((15, 15, 15), 5),  # it goes no further
-        ((15, 30, 45), 5),  # nor far
-        ((100, 115, 130), 5),  # nor far: a client that came back may have brought fewer
-        ((100, 116, 131), 2),
-        ((16, 32, 48), 1),
-        ((0, 0, 16), 1),
+        (None, (7, 7, 7), 4),  # it goes no further
+        (None, (7, 14, 21), 4),  # nor far
+        (None, (100, 107, 114), 4),  # nor far: where it was before is not known
+        (None, (100, 108, 115), 2),
+        (None, (8, 16, 24), 1),
+        (None, (0, 0, 8), 1),
+        (90, (97, 97, 97), 4),
+        (90, (98, 98, 98), 3),
+        (90, (80, 80, 80), 4),  # a client that came back may have brought fewer
+        (0, (8, 8, 8), 3),
     ],
 )
-async def test_a_request_that_goes_on_is_not_blamed_for_what_died_before(tokens, deaths) -> None:
+async def test_a_request_that_goes_on_is_not_blamed_for_what_died_before(
+    died_at, tokens, deaths
+) -> None:
     pool = Pool()
-    known = Claim(request_id="r", assignment=GRANT, owner="", front_door="other", deaths=2)
+    known = Claim(
+        request_id="r", assignment=GRANT, owner="", front_door="other", deaths=1, died_at=died_at
+    )
+    pool.options.max_deaths = 5
     mine = tenure(pool, Directories(Grant(2 * GRANT, known)), is_named=True)
-    await mine.begin()
     for number, num_tokens in enumerate(tokens):
+        assert await mine.begin()
         mine.lost_at(MemberId("gateway", number), num_tokens)
         pool.dead.add(MemberId("gateway", number))
 
     assert mine.num_deaths == deaths
+
+
+async def test_a_loss_in_each_of_several_calls_is_no_fault_of_a_request_that_goes_on() -> None:
+    at, claim = 0, None
+    for number in range(1, 5):  # each call ends without a word after one loss, as its front door
+        pool, at = Pool(), at + 20
+        directories = Directories(Grant((number + 1) * GRANT, claim))
+        mine = tenure(pool, directories, is_named=True)
+        assert await mine.begin()
+        mine.reached(at - 5)
+        mine.lost_at(MemberId("gateway", number), at)
+        pool.dead.add(MemberId("gateway", number))
+        assert await mine.begin()
+        claim = mine.claim
+    assert (claim.deaths, claim.died_at) == (1, at)
+
+
+async def test_what_a_call_has_counted_itself_is_not_counted_twice() -> None:
+    pool = Pool()
+    directories = Directories(Grant(2 * GRANT), None)
+    mine = tenure(pool, directories, is_named=True)
+    await mine.begin()
+    mine.lost_at(MemberId("gateway", 1), 3)
+    pool.dead.add(MemberId("gateway", 1))
+    told = mine.claim
+    mine.doubted(told.assignment)
+    directories.grants = [Grant(3 * GRANT, told)]
+    await mine.begin()
+
+    assert mine.num_deaths == 1
 
 
 @pytest.mark.parametrize(("has_ended_well", "deaths"), [(True, 0), (False, 2)])

@@ -688,6 +688,7 @@ class Claim(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     TAKES_OVER_FIELD_NUMBER: _builtins.int
     SNAPSHOT_HOLDER_FIELD_NUMBER: _builtins.int
+    DIED_AT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
     """The assignment that is renewed; 0 asks for a new one."""
@@ -704,6 +705,8 @@ class Claim(_message.Message):
     takes_over: _builtins.bool
     snapshot_holder: _builtins.str
     """NAME.INCARNATION of the gateway that keeps snapshots of it."""
+    died_at: _builtins.int
+    """How many tokens it had when the last of the deaths was; unset where that is not known."""
     def __init__(
         self,
         *,
@@ -717,12 +720,15 @@ class Claim(_message.Message):
         held: _builtins.int = ...,
         takes_over: _builtins.bool = ...,
         snapshot_holder: _builtins.str = ...,
+        died_at: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_died_at", b"_died_at", "died_at", b"died_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "assignment", b"assignment", "deaths", b"deaths", "held", b"held", "owner", b"owner", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "snapshot_holder", b"snapshot_holder", "takes_over", b"takes_over", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_died_at", b"_died_at", "above", b"above", "assignment", b"assignment", "deaths", b"deaths", "died_at", b"died_at", "held", b"held", "owner", b"owner", "request_id", b"request_id", "resume_window_s", b"resume_window_s", "snapshot_holder", b"snapshot_holder", "takes_over", b"takes_over", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__died_at: _TypeAlias = _typing.Literal["died_at"]  # noqa: Y015
+    _WhichOneofArgType__died_at: _TypeAlias = _typing.Literal["_died_at", b"_died_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__died_at) -> _WhichOneofReturnType__died_at | None: ...
 
 Global___Claim: _TypeAlias = Claim  # noqa: Y015
 
@@ -736,10 +742,12 @@ class Release(_message.Message):
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     KEEP_S_FIELD_NUMBER: _builtins.int
     DEATHS_FIELD_NUMBER: _builtins.int
+    DIED_AT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     assignment: _builtins.int
     keep_s: _builtins.float
     deaths: _builtins.int
+    died_at: _builtins.int
     def __init__(
         self,
         *,
@@ -747,12 +755,15 @@ class Release(_message.Message):
         assignment: _builtins.int = ...,
         keep_s: _builtins.float = ...,
         deaths: _builtins.int = ...,
+        died_at: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_died_at", b"_died_at", "died_at", b"died_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "keep_s", b"keep_s", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_died_at", b"_died_at", "assignment", b"assignment", "deaths", b"deaths", "died_at", b"died_at", "keep_s", b"keep_s", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__died_at: _TypeAlias = _typing.Literal["died_at"]  # noqa: Y015
+    _WhichOneofArgType__died_at: _TypeAlias = _typing.Literal["_died_at", b"_died_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__died_at) -> _WhichOneofReturnType__died_at | None: ...
 
 Global___Release: _TypeAlias = Release  # noqa: Y015
 
@@ -869,6 +880,7 @@ class Claimed(_message.Message):
     OWNER_ASSIGNMENT_FIELD_NUMBER: _builtins.int
     DEATHS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_HOLDER_FIELD_NUMBER: _builtins.int
+    DIED_AT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
     assignment: _builtins.int
     """The number granted; 0 when another call that lives has the request."""
@@ -878,6 +890,7 @@ class Claimed(_message.Message):
     owner_assignment: _builtins.int
     deaths: _builtins.int
     snapshot_holder: _builtins.str
+    died_at: _builtins.int
     def __init__(
         self,
         *,
@@ -888,12 +901,15 @@ class Claimed(_message.Message):
         owner_assignment: _builtins.int = ...,
         deaths: _builtins.int = ...,
         snapshot_holder: _builtins.str = ...,
+        died_at: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_died_at", b"_died_at", "died_at", b"died_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "deaths", b"deaths", "is_known", b"is_known", "owner", b"owner", "owner_assignment", b"owner_assignment", "snapshot_holder", b"snapshot_holder", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_died_at", b"_died_at", "assignment", b"assignment", "deaths", b"deaths", "died_at", b"died_at", "is_known", b"is_known", "owner", b"owner", "owner_assignment", b"owner_assignment", "snapshot_holder", b"snapshot_holder", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__died_at: _TypeAlias = _typing.Literal["died_at"]  # noqa: Y015
+    _WhichOneofArgType__died_at: _TypeAlias = _typing.Literal["_died_at", b"_died_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__died_at) -> _WhichOneofReturnType__died_at | None: ...
 
 Global___Claimed: _TypeAlias = Claimed  # noqa: Y015
 
