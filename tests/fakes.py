@@ -88,6 +88,9 @@ class FakeGateway:
             return GatewayStats(
                 running=len(self._running),
                 kv_blocks_used=len(self._running),
+                kv_blocks_total=4 * self._max_requests,
+                state_blocks_used=len(self._running),
+                state_blocks_total=self._max_requests,
                 rows_by_worker={"expert-0.1": 7},
             )
 

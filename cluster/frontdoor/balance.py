@@ -3,21 +3,29 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from cluster.ownership.directory import weight_of
 from workers.placement import MemberId
-from workers.types import PrefixPlace
+from workers.types import GatewayStats, PrefixPlace
+
+_FULL = (
+    0.95  # of the KV blocks: who comes then may wait for one, or have another one computed again
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLoad:
     """What the choice of a gateway looks at.
 
-    `outstanding_tokens` are promised and not yet delivered; `cached_tokens` of the prompt in
-    question need not be computed there.
+    `outstanding_tokens` are promised and not yet delivered; `cached_tokens` of the request in
+    question need not be computed there. `pace` says how many times slower than usual it steps, and
+    `has_room` whether its memory takes the request at once.
     """
 
     id: MemberId
     outstanding_tokens: int
     cached_tokens: int = 0
+    pace: float = 1.0
+    has_room: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +54,40 @@ class KeptPrompt:
         return PrefixPlace(longest, str(holder))
 
 
-def choose_gateway(
-    loads: Iterable[GatewayLoad], excluding: Collection[MemberId] = ()
-) -> MemberId | None:
-    """Return the gateway with the fewest tokens ahead of a request's end; None if there is none.
+def has_room(stats: GatewayStats, num_sequences: int, num_new: int) -> bool:
+    """Whether a gateway takes new sequences at once, beside those that it has by now.
 
-    What is cached counts like tokens that are delivered already, so that a prefix which everybody
-    shares draws requests to its gateway only until that one is busier by as much.
+    Each needs a state block; how many KV blocks it will need is not known, so that few are to be
+    held.
     """
+    has_states = num_sequences + num_new <= stats.state_blocks_total
+    return has_states and stats.kv_blocks_used <= _FULL * stats.kv_blocks_total
+
+
+def choose_gateway(
+    loads: Iterable[GatewayLoad],
+    excluding: Collection[MemberId] = (),
+    *,
+    num_tokens: int = 0,
+    name: str = "",
+) -> MemberId | None:
+    """Return the gateway at which a request is likely to end first; None if there is none.
+
+    Those whose memory is full are the last. What is cached counts like tokens that are delivered
+    already, so that a prefix which everybody shares draws requests to its gateway only until that
+    one is busier by as much. Of equal ones, front doors that know nothing of each other take
+    different ones for different requests.
+
+    Args:
+        loads: Of all gateways that take work.
+        excluding: Those that are out of the question.
+        num_tokens: Of the request itself, prompt and expected completion.
+        name: The request's id.
+    """
+
+    def rank(load: GatewayLoad) -> tuple[bool, float, bytes]:
+        ahead = max(load.outstanding_tokens + num_tokens - load.cached_tokens, 0)
+        return (not load.has_room, ahead * load.pace, weight_of(name, load.id))
+
     open_to_it = [load for load in loads if load.id not in excluding]
-    if not open_to_it:
-        return None
-    return min(
-        open_to_it, key=lambda load: (load.outstanding_tokens - load.cached_tokens, load.id)
-    ).id
+    return min(open_to_it, key=rank).id if open_to_it else None

@@ -170,7 +170,7 @@ class Flight:
     def _submit(self) -> None:
         """Hand the request to a gateway, if there is one, with what was emitted so far."""
         places = self._usable_places()
-        session = self._choose(places[-1].holder if places else "")
+        session = self._choose(places[-1] if places else None)
         if session is None:
             return
         self._session = session
@@ -189,12 +189,12 @@ class Flight:
         session.submit(request, self)
         self._tenure.submitted(session)
 
-    def _choose(self, holder: str) -> GatewaySession | None:
-        """Return the gateway that has the request, else the holder of its snapshot, else any."""
+    def _choose(self, snapshot: SnapshotPlace | None) -> GatewaySession | None:
+        """Return the gateway that has the request, else the one where it is likely to end first."""
         former = self._tenure.former
         if former is not None and former.is_connected and former.member.id not in self._refused_by:
             return former
-        return self._pool.choose(self._refused_by, self._request, holder)
+        return self._pool.choose(self._refused_by, self._request, snapshot)
 
     def _fewest_tokens(self) -> int:
         return min((len(self._emitted[index]) for index in self._running), default=0)

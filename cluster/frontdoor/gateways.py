@@ -2,22 +2,22 @@
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
 import structlog
 
 from cluster import wire
-from cluster.frontdoor.balance import GatewayLoad, KeptPrompt, choose_gateway
+from cluster.frontdoor.balance import GatewayLoad, KeptPrompt, choose_gateway, has_room
 from cluster.frontdoor.options import FrontDoorOptions
+from cluster.frontdoor.pace import Pace, relative
+from cluster.frontdoor.seats import Passenger, Seat
 from cluster.frontdoor.silence import Silence
 from cluster.ownership.directory import NUM_DIRECTORIES, directories_of
 from cluster.pb.expertmesh.v1 import gateway_pb2, gateway_pb2_grpc
-from workers.errors import ExpertmeshError
 from workers.gateway.prefix_digest import prefix_digests
 from workers.placement import Member, MemberId, MemberState, Role, View
-from workers.types import GatewayStats, PrefixPlace, Request, SnapshotPlace, TokenEvent
+from workers.types import GatewayStats, PrefixPlace, Request, SnapshotPlace
 
 _log = structlog.get_logger()
 
@@ -35,37 +35,9 @@ _CHANNEL_OPTIONS = (
 )
 
 
+_FETCH_TOKENS = 1024  # computing them costs like fetching a snapshot, where nothing else is said
+
 _NOTHING: tuple[tuple[int, ...], str, int] = ((), "", 0)  # of a prompt and a salt is cached
-
-
-class Passenger(Protocol):
-    """A request that a session carries; hears of events, of a refusal, and of the session's end."""
-
-    @property
-    def request_id(self) -> str:
-        """The id under which the gateway knows it."""
-        ...
-
-    @property
-    def assignment(self) -> int:
-        """The number of its present owner; events of another one are not for it."""
-        ...
-
-    def deliver(self, event: TokenEvent) -> None:
-        """Take new tokens."""
-        ...
-
-    def refused(self, error: ExpertmeshError) -> None:
-        """The gateway does not take it."""
-        ...
-
-    def held(self, place: SnapshotPlace) -> None:
-        """A snapshot of it is whole somewhere."""
-        ...
-
-    def lost(self) -> None:
-        """The gateway can no longer be reached."""
-        ...
 
 
 class Registrar(Protocol):
@@ -88,12 +60,6 @@ class _Nobody:
         """Nobody has it."""
 
 
-@dataclass(slots=True)
-class _Seat:
-    passenger: Passenger
-    weight_tokens: int
-
-
 Answer = asyncio.Future[gateway_pb2.Claimed | None]
 
 
@@ -113,7 +79,9 @@ class GatewaySession:
         self._options = options
         self._on_change = on_change
         self._registrar = registrar
-        self._seats: dict[tuple[str, int], _Seat] = {}  # by request id and assignment
+        self._seats: dict[tuple[str, int], Seat] = {}  # by request id and assignment
+        self._num_others = 0  # sequences that other front doors have there
+        self._pace = Pace()
         self._questions: dict[int, Answer] = {}  # by ticket
         self._num_tickets = 0
         self._let_go: dict[str, int] = {}  # what the gateway may still hold, and must free
@@ -130,16 +98,27 @@ class GatewaySession:
 
     @property
     def outstanding_tokens(self) -> int:
-        """Tokens that are promised, by requests that it carries, and not yet delivered."""
-        return sum(seat.weight_tokens for seat in self._seats.values())
+        """Tokens that are promised there and not yet delivered; those of others are guessed."""
+        own = sum(seat.tokens_ahead for seat in self._seats.values())
+        return own + self._num_others * self._options.expected_tokens // 2
+
+    @property
+    def cost_s(self) -> float | None:
+        """What a step is expected to take there for each of its sequences, if that is known."""
+        return self._pace.cost_s(asyncio.get_running_loop().time())
+
+    def has_room(self, num_sequences: int) -> bool:
+        """Whether so many new sequences are taken at once, as far as is known."""
+        own = sum(seat.request.num_sequences for seat in self._seats.values())
+        return self.stats is None or has_room(self.stats, self._num_others + own, num_sequences)
 
     def submit(self, request: Request, passenger: Passenger) -> None:
         """Send a request; its events are delivered to the passenger."""
-        completion = min(request.stopping.max_tokens, self._options.expected_tokens)
         fetched = 0 if request.prefix is None else request.prefix.num_tokens
-        cached = max(fetched, self.cached_tokens(request))
-        weight = len(request.prompt_token_ids) - cached + request.num_sequences * completion
-        self._seats[request.request_id, request.assignment] = _Seat(passenger, weight)
+        restored = max((place.position for place in request.snapshots), default=0)
+        spared = max(fetched, restored, self.cached_tokens(request))
+        seat = Seat(passenger, request, spared, self._options.expected_tokens)
+        self._seats[request.request_id, request.assignment] = seat
         self.send(gateway_pb2.SessionRequest(submit=wire.submit_message(request)))
 
     def leave(self, passenger: Passenger, *, has_ended: bool) -> None:
@@ -279,7 +258,7 @@ class GatewaySession:
             self._connected()
         match response.WhichOneof("report"):
             case "stats":
-                self.stats = wire.stats_of(response.stats)
+                self._note_load(wire.stats_of(response.stats))
             case "prefixes":
                 wire.update_prefixes(self._prefixes, response.prefixes)
                 self._counted = _NOTHING
@@ -296,11 +275,17 @@ class GatewaySession:
             case _:
                 pass  # a kind of report that this version does not know
 
+    def _note_load(self, stats: GatewayStats) -> None:
+        self.stats = stats
+        self._pace.note(stats, asyncio.get_running_loop().time())
+        own = sum(seat.request.num_sequences for seat in self._seats.values())
+        self._num_others = max(stats.running + stats.waiting - own, 0)
+
     def _deliver(self, messages: Iterable[gateway_pb2.TokenEvent]) -> None:
         for message in messages:
             seat = self._seats.get((message.request_id, message.assignment))
             if seat is not None:
-                seat.passenger.deliver(wire.event_of(message))
+                seat.deliver(wire.event_of(message))
 
     def _placed(self, report: gateway_pb2.SnapshotReport) -> None:
         seat = self._seats.get((report.request_id, report.assignment))
@@ -377,27 +362,31 @@ class GatewayPool:
         self,
         excluding: Collection[MemberId] = (),
         request: Request | None = None,
-        holder: str = "",
+        snapshot: SnapshotPlace | None = None,
     ) -> GatewaySession | None:
         """Return the session of the gateway that a request should go to, if there is one.
 
-        That is `holder`, NAME.INCARNATION of who has its snapshots, if it takes work.
+        A snapshot of it draws it to its holder as a kept prefix would: until fetching is cheaper.
         """
-        for session in self._sessions.values():
-            is_holder = str(session.member.id) == holder
-            if is_holder and session.takes_work and session.member.id not in excluding:
-                return session
-        kept = self._kept(request)
+        kept = self._kept(request) if snapshot is None else self._at_holder(snapshot, request)
+        sessions = {m: session for m, session in self._sessions.items() if session.takes_work}
+        costs_s = {m: session.cost_s for m, session in sessions.items()}
+        known_s = [cost_s for cost_s in costs_s.values() if cost_s is not None]
         loads = [
             GatewayLoad(
                 id=member_id,
                 outstanding_tokens=session.outstanding_tokens,
                 cached_tokens=kept.spared(member_id),
+                pace=relative(costs_s[member_id], known_s),
+                has_room=session.has_room(request.num_sequences if request is not None else 1),
             )
-            for member_id, session in self._sessions.items()
-            if session.takes_work
+            for member_id, session in sessions.items()
         ]
-        chosen = choose_gateway(loads, excluding)
+        num_tokens, name = 0, ""
+        if request is not None:
+            num_tokens = self._tokens_of(request)
+            name = request.request_id
+        chosen = choose_gateway(loads, excluding, num_tokens=num_tokens, name=name)
         return None if chosen is None else self._sessions[chosen]
 
     def prefix_for(self, session: GatewaySession, request: Request) -> PrefixPlace | None:
@@ -436,6 +425,21 @@ class GatewayPool:
             for member_id, session in self._sessions.items()
             if session.is_connected and session.stats is not None
         }
+
+    def _tokens_of(self, request: Request) -> int:
+        """Return how many tokens a request is expected to have, of all its sequences."""
+        completion = min(request.stopping.max_tokens, self.options.expected_tokens)
+        return len(request.prompt_token_ids) + request.num_sequences * completion
+
+    def _at_holder(self, snapshot: SnapshotPlace, request: Request | None) -> KeptPrompt:
+        """Return what a snapshot spares at its holder, and at the others less what it costs.
+
+        How far it is may not be known: then it has the prompt, probably.
+        """
+        holder = self.find(snapshot.holder)
+        num_tokens = max(snapshot.position, len(request.prompt_token_ids) if request else 0)
+        kept = {} if holder is None else {holder.member.id: num_tokens}
+        return KeptPrompt(kept, self.options.prefix_fetch_tokens or _FETCH_TOKENS)
 
     def _kept(self, request: Request | None) -> KeptPrompt:
         """Return what all gateways keep of a prompt, also those that leave."""

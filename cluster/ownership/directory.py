@@ -26,11 +26,12 @@ def directories_of(request_id: str, gateways: Iterable[MemberId]) -> list[Member
 
     By rendezvous hash: a gateway that goes or comes changes the order of no two others.
     """
+    return sorted(gateways, key=lambda gateway: (weight_of(request_id, gateway), gateway))
 
-    def weight(gateway: MemberId) -> bytes:
-        return hashlib.blake2b(f"{gateway}/{request_id}".encode(), digest_size=8).digest()
 
-    return sorted(gateways, key=lambda gateway: (weight(gateway), gateway))
+def weight_of(request_id: str, gateway: MemberId) -> bytes:
+    """Return the place of a gateway in the order that is a request id's own."""
+    return hashlib.blake2b(f"{gateway}/{request_id}".encode(), digest_size=8).digest()
 
 
 def grant_of(assignment: int) -> int:

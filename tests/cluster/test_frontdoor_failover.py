@@ -14,6 +14,7 @@ from tests.cluster.harness_frontdoor import DEMO, WAIT_S, front_door, saying, un
 from tests.cluster.test_frontdoor import all_of, text_of, tokens_of
 from tests.fakes import FakeGateway
 from workers.gateway.prefix_digest import prefix_digest
+from workers.gateway.snapshot import Stamp
 from workers.placement import MemberState
 
 GREETING = "the quick brown fox jumps over the lazy dog"
@@ -79,8 +80,10 @@ async def test_a_request_goes_to_the_gateway_that_keeps_its_longest_prefix(model
         gateways[2].kept_prefixes = {}
         await until(lambda: sum(bool(s._prefixes) for s in sessions.values()) == 1)
         await ask("ka", *prompt)
-    found = [[r.cache_salt for r in gateway.submitted] for gateway in gateways]
-    assert found == [["beta"], ["alpha", "alpha"], ["alpha"]]
+    found = [[r.cache_salt for r in g.submitted if r.cache_salt == "alpha"] for g in gateways]
+    assert found == [[], ["alpha", "alpha"], ["alpha"]]
+    (others,) = [r.prefix for g in gateways for r in g.submitted if r.cache_salt == "beta"]
+    assert others is None
 
 
 async def test_a_request_waits_for_a_gateway_up_to_its_bound(model):
@@ -122,6 +125,77 @@ async def test_load_is_spread_and_a_draining_gateway_gets_no_new_work(model):
         for task in tasks:
             assert text_of((await task)[1]) == GREETING
         assert gateways[0].aborted == []
+
+
+async def test_a_front_door_sees_what_another_one_has_sent(model):
+    gateways = [FakeGateway(saying(model, GREETING), hold_after=1) for _ in range(2)]
+    async with front_door(*gateways, model=model) as site:
+        other = await site.add_door()
+        site.set_state(0, MemberState.DRAINING)
+
+        def asked(stub, count):
+            return [
+                asyncio.create_task(all_of(stub.Generate(GENERATE(text="x"), timeout=WAIT_S)))
+                for _ in range(count)
+            ]
+
+        tasks = asked(site.inference, 4)
+        await until(lambda: gateways[1].num_running == 4)
+        site.set_state(0, MemberState.ACTIVE)
+        pool = other.door._parts.pool
+        (busy,) = (s for m, s in pool._sessions.items() if m.name == "gateway-1")
+        await until(lambda: busy.outstanding_tokens > 0)
+        tasks += asked(other.inference, 2)
+        await until(lambda: gateways[0].num_running == 2)
+        for gateway in gateways:
+            gateway.go_on()
+        for task in tasks:
+            assert text_of((await task)[1]) == GREETING
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+async def test_a_stream_goes_to_the_holder_of_its_snapshot_if_there_is_room(model, is_full):
+    first, holder, other = gateways = [
+        FakeGateway(saying(model, GREETING), hold_after=4, max_requests=n) for n in (9, 1, 9)
+    ]
+    async with front_door(*gateways, model=model) as site:
+        pool = site.door._parts.pool
+        _, at_holder, _ = pool._sessions.values()
+
+        def asked(name):
+            call = site.inference.Generate(GENERATE(request_id=name, text="x"), timeout=WAIT_S)
+            return asyncio.create_task(all_of(call))
+
+        async def only(number, gateway, name):
+            for i in range(3):
+                site.set_state(i, MemberState.ACTIVE if i == number else MemberState.DRAINING)
+            task = asked(name)
+            await until(lambda: gateway.num_running == 1 and gateway.is_held)
+            return task
+
+        tasks = [await only(0, first, "a")]
+        tasks += [await only(1, holder, "b")] if is_full else []
+        for i in range(3):
+            site.set_state(i, MemberState.ACTIVE)
+        (submitted,) = first.submitted
+        stamp = Stamp(
+            request_id=submitted.request_id,
+            sequence_index=0,
+            assignment=submitted.assignment,
+            position=2,
+            weights_version="weights-1",
+            tokens=b"",
+        )
+        site.endpoints[0].report(stamp, str(at_holder.member.id))
+        await asyncio.sleep(0.1)  # the snapshot's place is told, and the loads
+        await site.kill_gateway(0)
+        taker = other if is_full else holder
+        await until(lambda: any(r.request_id == submitted.request_id for r in taker.submitted))
+        assert taker.submitted[0].snapshots[0].holder == str(at_holder.member.id)
+        for gateway in gateways:
+            gateway.go_on()
+        for task in tasks:
+            assert text_of((await task)[1]) == GREETING
 
 
 async def test_a_gateway_that_leaves_the_view_gives_its_requests_to_others(model):

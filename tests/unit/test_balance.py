@@ -1,10 +1,21 @@
 """Which gateway a request goes to, and from where that one fetches the begin of its prompt."""
 
+from collections import Counter
+
 import pytest
 
-from cluster.frontdoor.balance import GatewayLoad, KeptPrompt, choose_gateway
+from cluster.frontdoor.balance import GatewayLoad, KeptPrompt, choose_gateway, has_room
+from cluster.frontdoor.pace import Pace, relative
+from cluster.frontdoor.seats import Seat
 from workers.placement import MemberId
-from workers.types import PrefixPlace
+from workers.types import (
+    GatewayStats,
+    PrefixPlace,
+    Request,
+    Sampling,
+    Stopping,
+    TokenEvent,
+)
 
 A, B, C = (MemberId(f"gateway-{i}", 1) for i in range(3))
 
@@ -12,13 +23,148 @@ A, B, C = (MemberId(f"gateway-{i}", 1) for i in range(3))
 def test_the_gateway_with_the_fewest_outstanding_tokens_is_chosen():
     loads = [
         GatewayLoad(id=A, outstanding_tokens=30),
-        GatewayLoad(id=C, outstanding_tokens=20),
+        GatewayLoad(id=C, outstanding_tokens=21),
         GatewayLoad(id=B, outstanding_tokens=20),
     ]
     assert choose_gateway(loads) == B
     assert choose_gateway(loads, {B}) == C
     assert choose_gateway(loads, {A, B, C}) is None
     assert choose_gateway([]) is None
+
+
+def test_equal_gateways_get_different_requests_and_one_request_always_the_same():
+    loads = [GatewayLoad(id=gateway, outstanding_tokens=20) for gateway in (A, B, C)]
+    chosen = [choose_gateway(loads, name=f"r-{i}") for i in range(300)]
+
+    assert chosen == [choose_gateway(loads[::-1], name=f"r-{i}") for i in range(300)]
+    assert min(Counter(chosen)[gateway] for gateway in (A, B, C)) > 70
+
+
+def test_a_full_gateway_comes_last_whatever_it_keeps():
+    full = GatewayLoad(id=A, outstanding_tokens=0, cached_tokens=900, has_room=False)
+    busy = GatewayLoad(id=B, outstanding_tokens=5000)
+
+    assert choose_gateway([full, busy], num_tokens=1000) == B
+    assert choose_gateway([full, busy], {B}, num_tokens=1000) == A
+
+
+def test_a_slow_gateway_gets_less_and_an_idle_slow_one_still_some():
+    def chosen(outstanding_tokens):
+        return choose_gateway(
+            [
+                GatewayLoad(id=A, outstanding_tokens=0, pace=3.0),
+                GatewayLoad(id=B, outstanding_tokens=outstanding_tokens),
+            ],
+            num_tokens=100,
+        )
+
+    assert [chosen(tokens) for tokens in (0, 199, 201)] == [B, B, A]
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "kv_blocks_used", "expected"),
+    [(6, 0, True), (7, 0, False), (0, 95, True), (0, 96, False)],
+)
+def test_there_is_room_while_states_and_blocks_are_free(num_sequences, kv_blocks_used, expected):
+    stats = GatewayStats(state_blocks_total=8, kv_blocks_total=100, kv_blocks_used=kv_blocks_used)
+    assert has_room(stats, num_sequences, num_new=2) is expected
+
+
+def steps(count: int, step_s: float, running: int = 2) -> GatewayStats:
+    return GatewayStats(steps=count, step_s=count * step_s, running=running)
+
+
+def test_a_pace_is_known_from_the_second_report_on_and_follows_the_last_ones():
+    pace = Pace()
+    assert pace.cost_s(0.0) is None
+    pace.note(steps(100, 0.5), 0.0)
+    assert pace.cost_s(0.0) is None
+    pace.note(steps(110, 0.5), 1.0)
+    assert pace.cost_s(1.0) == pytest.approx(0.05)
+    slow = GatewayStats(steps=120, step_s=110 * 0.5 + 10 * 2.0, running=2)
+    pace.note(slow, 2.0)
+    assert 0.05 < pace.cost_s(2.0) < 0.2
+
+
+def test_a_gateway_of_more_sequences_is_not_slow_for_its_longer_steps():
+    few, many = Pace(), Pace()
+    for pace, running, step_s in ((few, 2, 0.10), (many, 12, 0.20)):
+        pace.note(steps(0, step_s, running), 0.0)
+        pace.note(steps(10, step_s, running), 0.0)
+    assert many.cost_s(0.0) == pytest.approx(few.cost_s(0.0))
+
+
+def test_a_step_that_does_not_end_counts_and_rest_does_not():
+    pace = Pace()
+    pace.note(steps(0, 0.1), 0.0)
+    pace.note(steps(10, 0.1), 1.0)
+    pace.note(steps(10, 0.1), 3.0)
+    assert pace.cost_s(4.0) == pytest.approx(0.3)
+
+    pace.note(steps(20, 0.1, running=0), 4.0)
+    pace.note(steps(20, 0.1, running=0), 9.0)
+    assert pace.cost_s(9.0) == pytest.approx(0.1 / 8)
+    pace.note(steps(20, 0.1, running=1), 9.5)
+    assert pace.cost_s(9.6) == pytest.approx(0.1 / 9)
+    pace.note(steps(21, 0.1, running=0), 10.0)
+    pace.note(steps(21, 0.1, running=0), 30.0)  # a pause after which nothing is known
+    assert pace.cost_s(30.0) is None
+
+
+def test_another_process_under_the_name_begins_anew():
+    pace = Pace()
+    pace.note(steps(100, 0.1), 0.0)
+    pace.note(steps(110, 0.1), 1.0)
+    pace.note(steps(3, 0.1), 2.0)
+    assert pace.cost_s(2.0) is None
+
+
+def test_paces_are_told_by_the_usual_one_and_never_too_far_from_it():
+    costs = [0.01, 0.02, 0.2]
+    assert [relative(cost, costs) for cost in costs] == [0.5, 1.0, 4.0]
+    assert relative(None, costs) == relative(0.1, []) == 1.0
+
+
+class Nobody:
+    request_id, assignment = "r", 1
+
+    def deliver(self, event):
+        pass
+
+
+def seat(spared=0, **changes) -> Seat:
+    request = Request(
+        request_id="r",
+        prompt_token_ids=tuple(range(100)),
+        sampling=Sampling(),
+        **{"stopping": Stopping(max_tokens=1000)} | changes,
+    )
+    return Seat(Nobody(), request, spared, expected_tokens=256)
+
+
+def token(index: int, count: int = 1, sequence: int = 0) -> TokenEvent:
+    return TokenEvent(
+        request_id="r", sequence_index=sequence, assignment=1,
+        first_token_index=index, token_ids=(7,) * count,
+    )  # fmt: skip
+
+
+def test_what_is_delivered_is_no_longer_ahead():
+    mine = seat(spared=60)
+    assert mine.tokens_ahead == 40 + 256
+    mine.deliver(token(0))
+    assert mine.tokens_ahead == 255
+    mine.deliver(token(1, 250))
+    assert mine.tokens_ahead == 64  # it goes on for longer than was expected
+    mine.deliver(token(251, 739))
+    assert mine.tokens_ahead == 10  # it may not
+
+
+def test_what_a_request_comes_with_is_computed_again_and_is_not_expected_again():
+    emitted = ((1,) * 50, (1,) * 30)
+    assert seat(num_sequences=2, emitted=emitted).tokens_ahead == 150 + 206 + 226
+    assert seat(spared=140, num_sequences=2, emitted=emitted).tokens_ahead == 10 + 206 + 226
+    assert seat(stopping=Stopping(max_tokens=60), emitted=((1,) * 50,)).tokens_ahead == 150 + 10
 
 
 def test_a_kept_prefix_draws_requests_until_its_gateway_is_busier_by_as_much():
@@ -28,11 +174,11 @@ def test_a_kept_prefix_draws_requests_until_its_gateway_is_busier_by_as_much():
         return choose_gateway(
             [
                 GatewayLoad(id=warm, outstanding_tokens=outstanding_tokens, cached_tokens=500),
-                GatewayLoad(id=cold, outstanding_tokens=100),
+                GatewayLoad(id=cold, outstanding_tokens=500),
             ]
         )
 
-    assert [chosen(tokens) for tokens in (100, 599, 601)] == [warm, warm, cold]
+    assert [chosen(tokens) for tokens in (600, 999, 1001)] == [warm, warm, cold]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +211,7 @@ def test_a_kept_prefix_draws_requests_until_fetching_it_is_cheaper_than_waiting(
     def chosen(outstanding_at_a):
         return choose_gateway(
             GatewayLoad(id=g, outstanding_tokens=n, cached_tokens=prompt.spared(g))
-            for g, n in ((A, outstanding_at_a), (B, 100))
+            for g, n in ((A, outstanding_at_a), (B, 5000))
         )
 
-    assert [chosen(tokens) for tokens in (100, 1099, 1101)] == [A, A, B]
+    assert [chosen(tokens) for tokens in (5000, 5999, 6001)] == [A, A, B]

@@ -46,8 +46,9 @@ class FakePool:
         self.listeners: set = set()
         self.sessions = [FakeSession(name) for name in names]
 
-    def choose(self, excluding=(), request=None, holder="") -> FakeSession | None:
+    def choose(self, excluding=(), request=None, snapshot=None) -> FakeSession | None:
         open_to_it = [s for s in self.sessions if s.id not in excluding]
+        holder = snapshot.holder if snapshot is not None else ""
         held = [s for s in open_to_it if str(s.id) == holder]
         return next(iter(held + open_to_it), None)
 

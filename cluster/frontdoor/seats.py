@@ -1,0 +1,79 @@
+"""What a front door knows of a gateway's load: the requests that it has there itself. Pure."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from workers.errors import ExpertmeshError
+from workers.types import Request, SnapshotPlace, TokenEvent
+
+_MEMORY = 4  # a sequence that is longer than expected goes on for a quarter of that, always
+
+
+class Passenger(Protocol):
+    """A request that a session carries; hears of events, of a refusal, and of the session's end."""
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the gateway knows it."""
+        ...
+
+    @property
+    def assignment(self) -> int:
+        """The number of its present owner; events of another one are not for it."""
+        ...
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Take new tokens."""
+        ...
+
+    def refused(self, error: ExpertmeshError) -> None:
+        """The gateway does not take it."""
+        ...
+
+    def held(self, place: SnapshotPlace) -> None:
+        """A snapshot of it is whole somewhere."""
+        ...
+
+    def lost(self) -> None:
+        """The gateway can no longer be reached."""
+        ...
+
+
+@dataclass(slots=True)
+class Seat:
+    """One request at one gateway, and how many tokens are still ahead of its end, as expected.
+
+    Args:
+        passenger: Who hears of it.
+        request: As it was submitted.
+        spared_tokens: Of its prompt and of what was emitted before; they need no computing there.
+        expected_tokens: Of one sequence, unless less are allowed.
+    """
+
+    passenger: Passenger
+    request: Request
+    spared_tokens: int
+    expected_tokens: int
+    _has_begun: bool = False
+    _num_tokens: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        emitted = self.request.emitted or ((),) * self.request.num_sequences
+        self._num_tokens = [len(tokens) for tokens in emitted]
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Count what has come, and pass it on."""
+        self._has_begun |= bool(event.token_ids)
+        self._num_tokens[event.sequence_index] += len(event.token_ids)
+        self.passenger.deliver(event)
+
+    @property
+    def tokens_ahead(self) -> int:
+        """Tokens to compute until it ends, each of the prompt and of the completions alike."""
+        known = len(self.request.prompt_token_ids) + max(self._num_tokens)
+        prefill = 0 if self._has_begun else max(known - self.spared_tokens, 0)
+        return prefill + sum(map(self._remaining, self._num_tokens))
+
+    def _remaining(self, num_tokens: int) -> int:
+        expected = max(self.expected_tokens - num_tokens, self.expected_tokens // _MEMORY)
+        return max(min(self.request.stopping.max_tokens - num_tokens, expected), 0)
