@@ -4,7 +4,9 @@
     python -m tests.accept.gateway_death indices [--every 10] [--json FILE]
 
 `load` kills one rank of a random gateway, and drains gateways, under 16 concurrent requests, and
-replays every sequence through the experts in one process. `indices` kills gateways until for every
+replays every sequence through the experts in one process. Without kills, what the drains cost is
+known: no sequence may be computed from its prompt again, nor more of it than lies between two
+snapshots. `indices` kills gateways until for every
 n-th token there was a stream of 200 whose gateway died when its client had that many; up to 16
 streams, each behind the one before it, meet one kill. They are replayed as well.
 """
@@ -80,6 +82,7 @@ class Census:
 
     def __init__(self) -> None:
         self._of: dict[str, dict[str, int]] = {}
+        self.by_drain: list[dict[str, int]] = []
 
     def note(self, status: pb.ClusterStatus | None) -> None:
         for member in status.members if status else ():
@@ -92,8 +95,21 @@ class Census:
             self.note(await saboteur.status())
             await asyncio.sleep(POLL_S)
 
-    def total(self) -> dict[str, int]:
-        return dict(sum((Counter(stats) for stats in self._of.values()), Counter()))
+    def total(self) -> Counter[str]:
+        return sum((Counter(stats) for stats in self._of.values()), Counter())
+
+    def drained(self, before: Counter[str]) -> None:
+        """Note what has been counted since, also of kills if there were any."""
+        after = self.total()
+        self.by_drain.append({name: after[name] - before[name] for name in COUNTED})
+
+    def dear_drains(self, snapshot_tokens: int) -> list[int]:
+        """Return the numbers of drains for which more was computed again than may be."""
+        return [
+            number
+            for number, cost in enumerate(self.by_drain)
+            if cost["recomputes"] or cost["replayed_tokens"] > snapshot_tokens * cost["restores"]
+        ]
 
 
 def serving(status: pb.ClusterStatus) -> list[pb.Member]:
@@ -125,10 +141,12 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
                 await stub.Scale(
                     pb.ScaleRequest(role=pb.ROLE_GATEWAY, count=options.gateways + 1), timeout=15
                 )
-                await saboteur.whole()
+                census.note(await saboteur.whole())
+                before = census.total()
                 await stub.Drain(pb.DrainRequest(member=name), timeout=15)
                 saboteur.must_end(pids_of(victim))
-                await saboteur.whole(without=(name,))
+                census.note(await saboteur.whole(without=(name,)))
+                census.drained(before)
     following.cancel()
     census.note(await saboteur.status())
 
@@ -148,7 +166,14 @@ def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
 
     run = asyncio.run(run_script(endpoint, chaos, script, clock=SystemClock(), progress=progress))
     report = report_of(run, chaos, demo_model_path(), bit_stable=options.bit_stable)
-    return report | {"gateways": census.total(), "indices": indices_of(run)}
+    report |= {"gateways": dict(census.total()), "indices": indices_of(run)}
+    if not options.kills:
+        dear = census.dear_drains(options.snapshot_tokens)
+        moved = sum(cost["restores"] for cost in census.by_drain)
+        is_dear = bool(dear or census.total()["recomputes"])
+        report |= {"drains": census.by_drain, "dear_drains": dear}
+        report["passed"] = report["passed"] and moved > 0 and not is_dear
+    return report
 
 
 def indices_of(run: Run) -> list[int]:
@@ -159,9 +184,15 @@ def indices_of(run: Run) -> list[int]:
         for killed_s, victim in kills:
             at = answer.num_tokens_at(killed_s)
             is_alone = answer.ask.num_sequences == 1 and answer.ask.max_tokens == TOKENS
-            if is_alone and (answer.left_at(victim) or -1) >= at:
+            if is_alone and has_left(answer, victim, at):
                 found.add(at)
     return sorted(found)
+
+
+def has_left(answer: Answer, gateway: str, num_tokens: int) -> bool:
+    """Whether a request left a gateway with that many tokens or more."""
+    left_at = answer.left_at(gateway)
+    return left_at is not None and left_at >= num_tokens
 
 
 class Stream:
@@ -279,7 +310,7 @@ async def one_kill(
         return Kill("", [], cohort.streams)
     victim = f"{victims[0].name}.{victims[0].incarnation}"
     await saboteur.whole(without=(victim,))
-    hit = [s for s in cohort.streams if (s.answer.left_at(victim) or -1) >= s.at]
+    hit = [s for s in cohort.streams if has_left(s.answer, victim, s.at)]
     return Kill(victim, hit, cohort.streams)
 
 
@@ -299,7 +330,7 @@ async def is_busy(member: pb.Member) -> bool:
 def wanted_indices(options: argparse.Namespace) -> set[int]:
     """Return at how many tokens a stream is to lose its gateway."""
     before = orjson.loads(options.after.read_bytes())["indices"] if options.after else ()
-    return set(range(1, TOKENS, options.every)).difference(before)
+    return set(range(0, TOKENS, options.every)).difference(before)
 
 
 async def kill_at_indices(options: argparse.Namespace, endpoint: str) -> list[Kill]:
