@@ -199,7 +199,7 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Those of them that have no token yet."""
+        """Those of them that have no token yet, of which resumed ones had one elsewhere."""
         return len(self._waiting)
 
     def check_room(self, *, is_resumed: bool = False) -> None:
@@ -244,7 +244,8 @@ class Admission:
         self.check_room(is_resumed=is_resumed)
         key = object()
         self._running.add(key)
-        self._waiting.add(key)
+        if not is_resumed:
+            self._waiting.add(key)
         self._note()
 
         def started() -> None:
