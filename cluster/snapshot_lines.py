@@ -234,7 +234,7 @@ class SnapshotKeeper:
             return
         part, head = item.part, item.part.head
         num_bytes = head.kv_bytes + head.state_bytes
-        if num_bytes > self._store.budget_bytes:
+        if not self._store.admits(num_bytes):
             line.skip(num_bytes)
             verdict = Verdict.REFUSED
         else:

@@ -93,13 +93,13 @@ GATEWAY_SAMPLES = (
         "snapshots_skipped",
         "expertmesh_gateway_snapshots_skipped",
         _COUNT,
-        "Snapshots that were due and not taken, since one was on its way still.",
+        "Intervals of completion tokens without a snapshot, since one was on its way still.",
     ),
     Sample(
         "snapshots_evicted",
         "expertmesh_gateway_snapshots_evicted",
         _COUNT,
-        "Sequences of others whose snapshots had to make room here.",
+        "How often a running sequence's snapshots had to go, or were not taken, for want of room.",
     ),
     Sample(
         "snapshot_bytes",

@@ -3,6 +3,8 @@
 import os
 from dataclasses import replace
 
+import structlog
+
 from cluster.bodies.process import LoopThread, Process, own_port
 from cluster.config import ClusterConfig
 from cluster.control.ports import Opened, Pulse
@@ -15,6 +17,7 @@ from cluster.telemetry import GATEWAY_SAMPLES, StatsCollector
 from workers.clock import SystemClock
 from workers.dispatch.options import DispatchOptions, Transport
 from workers.gateway.buddy import choose_buddy
+from workers.gateway.memory import store_shortage
 from workers.gateway.options import GatewayOptions
 from workers.gateway.outbox import Keeping
 from workers.gateway.snapshot import Holder, Stamp, Verdict
@@ -25,6 +28,8 @@ from workers.placement import MemberId, Role, View
 from workers.types import GatewayStats
 
 CONNECT_S = 10.0
+
+_log = structlog.get_logger()
 
 
 class GatewayBody(Process):
@@ -47,6 +52,7 @@ class GatewayBody(Process):
         self._client = SnapshotClient()
         self._sender = SnapshotSender(rank, self._connect, self._told, SystemClock())
         self._keeper: SnapshotKeeper | None = None
+        options = gateway_options(config)
         self._worker = GatewayWorker(
             GatewaySpec(
                 member=member,
@@ -54,12 +60,14 @@ class GatewayBody(Process):
                 size=config.gateways.tensor_parallel,
                 host=self._host,
                 model_dir=model_dir,
-                options=_options(config),
+                options=options,
             ),
             keeping=Keeping(self._sender.push, self._sender.release, self._failed),
         )
         self._endpoint: GatewayEndpoint | None = None
-        self._store = SnapshotStore(config.gateways.snapshot_store_bytes, SystemClock())
+        store_bytes = config.gateways.snapshot_store_bytes
+        self._store = SnapshotStore(store_bytes, SystemClock())
+        self._shortage = store_shortage(self._worker.snapshot_demand(), options, store_bytes)
         prefixes = PrefixSource(str(member), self._worker, self._store, self._client, SystemClock())
         self._source = SnapshotSource(str(member), self._store, self._client, prefixes)
         self._prefixes = PrefixSender(self._worker)
@@ -100,6 +108,9 @@ class GatewayBody(Process):
             if self._rank == 0:
                 buddy = choose_buddy(view, self._member)
                 self._worker.keep_with(buddy, view.placement.weights_version)
+                if buddy is not None and self._shortage:  # where there is one, it keeps for others
+                    _log.warning("the store of snapshots is small", why=self._shortage)
+                    self._shortage = ""
         self.note(view)
 
     def pulse(self) -> Pulse:
@@ -165,7 +176,7 @@ class GatewayBody(Process):
         self._worker.stored(stamp, holder, verdict)
 
 
-def _options(config: ClusterConfig) -> GatewayOptions:
+def gateway_options(config: ClusterConfig) -> GatewayOptions:
     """Translate the configuration into the gateway's own words."""
     section = config.gateways
     local = config.experts.workers == 0

@@ -9,15 +9,26 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.app import ModelFacts, check_startable, desired_of, floor_of
+from cluster.bodies.gateway import gateway_options
 from cluster.config import ClusterConfig
 from cluster.serving import model_directory, model_facts
 from workers.errors import ExpertmeshError
+from workers.gateway.memory import (
+    MemoryReport,
+    SnapshotDemand,
+    rank_memory,
+    readable,
+    snapshot_demand,
+    store_shortage,
+)
+from workers.gateway.options import GatewayOptions
 from workers.gateway.reference import Reference
 from workers.model.cache import kv_bytes_per_token, state_bytes_per_sequence
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import LayerType, ModelConfig
 from workers.model.memory import memory_plan
 
+_SNAPSHOT_TOKENS = (1024, 8192)  # of sequences whose snapshots are counted, beside a context
 _PARITY_TOKENS = 48
 _PARITY_BOUND = 1e-4
 _PARITY_MAX_BYTES = 4 * 2**30  # transformers and we each hold the model in float32
@@ -43,6 +54,7 @@ def check_command(config: ClusterConfig, *, parity: bool) -> None:
         highlight=False,
     )
     console.print(_memory_table(model, config, facts))
+    print_gateway(console, model, config)
     if parity:
         _check_parity(console, directory, model)
 
@@ -64,6 +76,63 @@ def _memory_table(model: ModelConfig, config: ClusterConfig, facts: ModelFacts) 
     table.add_row("recurrent state of one sequence on one rank",
                   _size(state_bytes_per_sequence(model, ranks, dtype)))  # fmt: skip
     table.add_row(f"KV of a full context of {context} tokens on one rank", _size(kv * context))
+    return table
+
+
+def print_gateway(console: Console, model: ModelConfig, config: ClusterConfig) -> None:
+    """Print what a gateway takes and keeps for others, and what it cannot keep."""
+    options, size = gateway_options(config), config.gateways.tensor_parallel
+    reports = [rank_memory(model, options, rank=rank, size=size) for rank in range(size)]
+    demand = snapshot_demand(model, options, size)
+    store_bytes = config.gateways.snapshot_store_bytes
+    console.print(_rank_table(max(reports, key=lambda r: r.total_bytes), demand, options, size))
+    if options.snapshot_tokens:
+        context = options.context_of(model)
+        console.print(_snapshot_table(demand, store_bytes, context))
+    if shortage := store_shortage(demand, options, store_bytes):
+        most = max(config.gateways.count, config.autoscaler.gateways.max)
+        when = "warning" if most > 1 else "with a second gateway"
+        console.print(f"{when}: {shortage}.", highlight=False, markup=False)
+
+
+def _rank_table(
+    report: MemoryReport, demand: SnapshotDemand, options: GatewayOptions, size: int
+) -> Table:
+    table = Table(title=f"one of {size} ranks of a gateway, at most", title_justify="left")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    sequences = demand.max_sequences
+    place = ", in host memory" if options.prefix_states_on_host else ""
+    for what, num_bytes in (
+        ("weights", report.weights_bytes),
+        ("routed experts", report.experts_bytes),
+        (f"KV of {demand.max_tokens:,} tokens, those of the prefix cache too", report.kv_bytes),
+        (f"recurrent states of {sequences:,} sequences", report.state_bytes),
+        ("copies of these during a step", report.step_bytes),
+        (f"states that the prefix cache keeps{place}", report.checkpoint_bytes),
+        ("all of it; messages, activations and libraries come on top", report.total_bytes),
+    ):
+        if num_bytes:
+            table.add_row(what, _size(num_bytes))
+    return table
+
+
+def _snapshot_table(demand: SnapshotDemand, store_bytes: int, context: int) -> Table:
+    """Return what snapshots take at the gateway that keeps them, in host memory."""
+    table = Table(title="snapshots, kept by another gateway in host memory", title_justify="left")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    table.add_column(f"held in {readable(store_bytes)}", justify="right")
+    table.add_row("recurrent states of one sequence, once", _size(demand.state_bytes), "")
+    table.add_row("KV of one token", _size(demand.token_bytes), "")
+    lengths = sorted({context, *(n for n in _SNAPSHOT_TOKENS if n < context)})
+    for tokens in lengths:
+        what = f"a sequence of {tokens:,} tokens, its states {demand.num_copies} times"
+        num_held = demand.num_held(store_bytes, tokens)
+        table.add_row(what, _size(demand.sequence_bytes(tokens)), f"{num_held:,}")
+    what = f"all that one gateway runs: {demand.max_sequences:,} sequences and all KV"
+    is_held = "yes" if store_bytes >= demand.gateway_bytes else "no"
+    table.add_row(what, _size(demand.gateway_bytes), is_held)
     return table
 
 
@@ -112,9 +181,4 @@ def _check_parity(console: Console, directory: Path, model: ModelConfig) -> None
 
 
 def _size(num_bytes: int) -> str:
-    size, unit = float(num_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{num_bytes:,} ({size:.1f} {unit})" if unit != "B" else f"{num_bytes:,}"
+    return f"{num_bytes:,} ({readable(num_bytes)})" if num_bytes >= 1024 else f"{num_bytes:,}"

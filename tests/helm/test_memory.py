@@ -1,20 +1,23 @@
 """The examples' GPUs hold what is put on them, by the arithmetic of `expertmesh check`."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
 
 from cluster.app import ModelFacts, desired_of
+from cluster.bodies.gateway import gateway_options
 from cluster.config import validate
 from tests.helm.harness_helm import EXAMPLES, ROOT, manifests, named, template
-from workers.gateway.options import GatewayOptions
-from workers.model.cache import kv_bytes_per_token, state_bytes_per_sequence
+from workers.gateway.memory import rank_memory, snapshot_demand, store_shortage
 from workers.model.config import ModelConfig
 from workers.model.memory import expert_bytes, memory_plan
 
 _MIB = 2**20
+GIB = 2**30
+PROCESS_BYTES = 4 * GIB  # of a rank in host memory: libraries, buffers of links, CUDA's own
 GPU_BYTES = {"h100": 81_559 * _MIB, "h200": 143_771 * _MIB}  # as nvidia-smi reports them
 FILL = 0.85  # the rest is for messages, activations, kernels and the driver
 PUBLISHED = ROOT.parent / "shared" / "data" / "qwen3.5-397b-a17b" / "config.json"
@@ -55,6 +58,11 @@ def example(stem):
     text = named(found, "ConfigMap", "-expertmesh")["data"]["config.yaml"]
     groups = named(found, "RayCluster")["spec"]["workerGroupSpecs"]
     return validate(yaml.safe_load(text)), groups, MODELS[CASES[stem]]
+
+
+def gib(quantity):
+    """Return the bytes of a quantity in Gi."""
+    return int(quantity.removesuffix("Gi")) * GIB
 
 
 def gpus_of(groups, role):
@@ -105,25 +113,62 @@ def test_an_expert_worker_s_slots_fit_into_its_gpu(stem):
 @cases
 def test_a_gateway_s_weights_caches_and_states_fit_into_its_gpus(stem):
     config, groups, model = example(stem)
-    section, dtype = config.gateways, torch.bfloat16
-    plan = memory_plan(
-        model, tensor_parallel=section.tensor_parallel, num_workers=config.experts.workers,
-        dtype=dtype,
-    )  # fmt: skip
-    options = GatewayOptions(
-        max_sequences=section.max_sequences, block_tokens=section.block_tokens,
-        num_kv_blocks=section.kv_blocks, context_tokens=section.context_tokens,
-    ).scheduler_options(model, section.tensor_parallel)  # fmt: skip
-    kv = options.num_kv_blocks * section.block_tokens
-    used = (
-        max(plan.rank_bytes)
-        + kv * kv_bytes_per_token(model, section.tensor_parallel, dtype)
-        + (3 + 1)  # those of running sequences with their copies in a step, and kept ones
-        * section.max_sequences
-        * state_bytes_per_sequence(model, section.tensor_parallel, dtype)
+    options, size = gateway_options(config), config.gateways.tensor_parallel
+    assert options.compute_dtype is torch.bfloat16
+    used = max(
+        rank_memory(model, options, rank=rank, size=size).total_bytes for rank in range(size)
     )
     for name, gpu in gpus_of(groups, "gateway").items():
         assert used <= FILL * gpu, f"{name}: {used / 2**30:.1f} GiB of {gpu / 2**30:.1f}"
+
+
+def test_a_gateway_s_pod_has_memory_for_the_snapshots_of_another_gateway():
+    config, groups, model = example("production-397b")
+    options, size = gateway_options(config), config.gateways.tensor_parallel
+    demand = snapshot_demand(model, options, size)
+    store = config.gateways.snapshot_store_bytes
+    assert store_shortage(demand, options, store) == ""
+    for group in groups:
+        if not group["groupName"].startswith("gateway"):
+            continue
+        pod = group["template"]["spec"]
+        (shm,) = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "dshm"]
+        restored = demand.max_tokens * demand.token_bytes  # until their sequences are admitted
+        processes = size * PROCESS_BYTES
+        least = store + restored + processes + gib(shm)
+        assert gib(pod["containers"][0]["resources"]["requests"]["memory"]) >= least
+
+
+def test_the_operator_s_page_says_what_is_computed():
+    page = (ROOT / "docs" / "operations.md").read_text().split("## Memory of a gateway")[1]
+    rows = re.findall(r"^\| (.+?) \| .+ \| ([\d.]+) GiB \|$", page, re.MULTILINE)
+    config, _, model = example("production-397b")
+    options, size = gateway_options(config), config.gateways.tensor_parallel
+    report = rank_memory(model, options, rank=0, size=size)
+    demand = snapshot_demand(model, options, size)
+    assert dict(rows) == {
+        "weights": f"{report.weights_bytes / GIB:.1f}",
+        "KV blocks": f"{report.kv_bytes / GIB:.1f}",
+        "recurrent states": f"{report.state_bytes / GIB:.1f}",
+        "their copies in a step": f"{report.step_bytes / GIB:.1f}",
+        "states of the prefix cache": f"{report.checkpoint_bytes / GIB:.1f}",
+        "store of snapshots": f"{config.gateways.snapshot_store_bytes / GIB:.1f}",
+        "snapshots that are restored": f"{demand.max_tokens * demand.token_bytes / GIB:.1f}",
+    }
+
+    found = re.findall(r"^\| Qwen3.5-(\w+)-\S+ \| (.+) \|$", page, re.MULTILINE)
+    assert {name.lower(): cells.split(" | ") for name, cells in found} == {
+        name: snapshot_cells(model) for name, model in MODELS.items()
+    }
+
+
+def snapshot_cells(model):
+    """Return states, KV of a token, and sequences of a one-rank gateway, as the page has them."""
+    demand = snapshot_demand(model, gateway_options(validate({"gateways": {"num_gpus": 1}})), 1)
+    sequences = [f"{demand.sequence_bytes(n) / _MIB:,.0f} MiB" for n in (1024, 8192, 131_072)]
+    in_default = demand.num_held(2**30, 8192)
+    kib = demand.token_bytes // 1024
+    return [f"{demand.state_bytes / _MIB:.0f} MiB", f"{kib} KiB", *sequences, str(in_default)]
 
 
 @cases

@@ -77,6 +77,36 @@ def test_a_mistake_ends_in_one_line(monkeypatch, capsys, arguments, status, word
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "when"),
+    [
+        ([], ""),
+        (["gateways.snapshot_store_bytes=10000000"], "with a second gateway"),
+        (["gateways.snapshot_store_bytes=10000000", "gateways.count=2"], "warning"),
+        (["gateways.snapshot_store_bytes=10000000", "gateways.snapshot_tokens=0"], ""),
+    ],
+)
+def test_check_says_what_snapshots_need_and_whether_they_have_it(
+    monkeypatch, capsys, settings, when
+) -> None:
+    sets = [word for setting in settings for word in ("--set", setting)]
+    monkeypatch.setattr(sys, "argv", ["expertmesh", "check", "--no-parity", *sets])
+    monkeypatch.setenv("COLUMNS", "160")
+
+    assert run() == 0
+    said = capsys.readouterr().out
+    assert "recurrent states of 32 sequences" in said
+    assert ("all that one gateway runs: 32 sequences and all KV" in said) is (
+        "gateways.snapshot_tokens=0" not in settings
+    )
+    assert ("gateways.snapshot_store_bytes: the 32 sequences" in said) is bool(when)
+    if when:
+        words = " ".join(said[said.index(when) :].split())
+        assert words.startswith(f"{when}: gateways.snapshot_store_bytes: the 32 sequences that")
+        assert "has room for 3 of 1,024 tokens each, or 2 of 2,048." in words
+        assert "Set it to 149946368 where" in words
+
+
 def test_a_foreign_package_of_the_same_name_is_refused_with_its_place(tmp_path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "__init__.py").touch()

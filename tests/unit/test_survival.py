@@ -209,12 +209,27 @@ def test_a_slow_holder_costs_snapshots_and_no_step() -> None:
     site = Site(arrive=False)
     site.run(request, 30)
     assert len(site.waiting) == 1
-    assert site.engine.stats().snapshots_skipped > 0
+    computed = len(request.prompt_token_ids) + 29  # the last token is not
+    first = max(len(request.prompt_token_ids), site.waiting[0].stamp.position)
+    assert site.engine.stats().snapshots_skipped == (computed - first) // 4  # whole intervals
     site.deliver()
     site.step()
     site.step()
     assert len(site.waiting) == 1
     assert site.waiting[0].start == site.whole["r", 0][0].stamp.position  # what has come meanwhile
+
+
+def test_a_snapshot_that_arrives_before_the_next_is_due_skips_none() -> None:
+    request = make_request(prompt=tuple(range(32)), max_tokens=30)
+    site = Site(arrive=False, step_tokens=8)  # a step of the prompt passes two intervals
+    site.engine.submit(request)
+    for number in range(30):
+        site.step()
+        if number % 3 == 2:
+            site.deliver()
+
+    assert site.engine.stats().snapshots_stored > 4
+    assert site.engine.stats().snapshots_skipped == 0
 
 
 def test_a_lost_base_and_a_new_holder_get_a_whole_snapshot() -> None:

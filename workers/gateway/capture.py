@@ -86,6 +86,7 @@ class _Progress:
     position: int = 0
     under_way: int | None = None
     not_before: int = 0  # where the next one is tried, after one that failed
+    skipped_from: int = 0  # where one that is due and not taken counts
     is_last: bool = False  # what is on its way, or came, was captured since `hurry`
 
 
@@ -94,7 +95,11 @@ class CaptureBook:
 
     Args:
         interval_tokens: Tokens from one snapshot of a sequence to the next; 0 captures nothing.
-        max_under_way: Captures on their way at once; more are skipped and counted.
+        max_under_way: Captures on their way at once; more are skipped.
+
+    Attributes:
+        num_skipped: Whole intervals of completion tokens without a capture, since one was on its
+            way still. A prompt passes many intervals in one step, and nobody has heard of it yet.
     """
 
     def __init__(self, interval_tokens: int, *, max_under_way: int = 64) -> None:
@@ -142,9 +147,10 @@ class CaptureBook:
             if not self._is_wanted(sequence, progress):
                 return None
             if progress.under_way is not None or self._num_under_way >= self._max_under_way:
-                self.num_skipped += 1
+                self._skip(sequence, progress)
                 return None
             progress.under_way = sequence.computed
+            progress.skipped_from = sequence.computed + self._interval_tokens
             progress.is_last = self._is_urgent
             self._num_under_way += 1
             holder, start = self._holder, progress.position
@@ -196,6 +202,13 @@ class CaptureBook:
             if progress is not None and progress.under_way is not None:
                 self._num_under_way -= 1
             return progress is not None and bool(progress.position or progress.under_way)
+
+    def _skip(self, sequence: Sequence, progress: _Progress) -> None:
+        """Count a capture that is not taken: once an interval, not with every step."""
+        first = sequence.num_prompt + self._interval_tokens
+        if sequence.computed >= max(first, progress.skipped_from):
+            self.num_skipped += 1
+            progress.skipped_from = sequence.computed + self._interval_tokens
 
     def _is_wanted(self, sequence: Sequence, progress: _Progress) -> bool:
         if sequence.computed < progress.not_before:

@@ -114,14 +114,3 @@ class GatewayOptions:
         if self.prefix_kv_bytes:
             max_idle_blocks = self.prefix_kv_bytes // self.kv_block_bytes(config, size)
         return PrefixOptions(num_places=num_places, max_idle_blocks=max_idle_blocks)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryReport:
-    """Bytes that one rank has taken."""
-
-    weights_bytes: int
-    experts_bytes: int
-    kv_bytes: int
-    state_bytes: int
-    checkpoint_bytes: int

@@ -1,6 +1,6 @@
 """What one rank computes with: its weights, its caches and the decoder over both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +9,10 @@ import torch
 from workers.dispatch.base import Dispatcher
 from workers.dispatch.local import LocalDispatcher
 from workers.gateway.lockstep import Forward
-from workers.gateway.options import GatewayOptions, MemoryReport
+from workers.gateway.memory import MemoryReport, rank_memory
+from workers.gateway.options import GatewayOptions
 from workers.mesh import TensorParallelGroup
-from workers.model.cache import SequenceCache, state_bytes_per_sequence
+from workers.model.cache import SequenceCache
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.model.decoder import Decoder, DecoderOptions
@@ -19,7 +20,6 @@ from workers.model.experts import ExpertShard
 from workers.model.gate import GateProbe
 from workers.model.kernels import choose_kernels
 from workers.model.layers import ROW_TILE
-from workers.model.memory import expert_bytes, rank_bytes
 from workers.model.weights import load_decoder, load_expert
 from workers.placement import ExpertId
 
@@ -53,16 +53,14 @@ def load_rank(
     Raises:
         CheckpointError: The checkpoint is incomplete or damaged.
     """
+    options = replace(options, local_experts=dispatcher is None)
     device, dtype = torch.device(options.device), options.compute_dtype
     with Checkpoint(model_dir) as checkpoint:
         parameters = load_decoder(
             checkpoint, config, rank=group.rank, size=group.size, dtype=dtype, device=device
         )
-        memory = _memory(config, options, group, num_experts=0)
         if dispatcher is None:
             dispatcher = load_local_experts(checkpoint, config, options)
-            num_experts = config.num_layers * config.num_experts
-            memory = _memory(config, options, group, num_experts=num_experts)
     decoder = Decoder(
         config,
         parameters,
@@ -85,6 +83,7 @@ def load_rank(
         dtype=dtype,
         device=device,
     )
+    memory = rank_memory(config, options, rank=group.rank, size=group.size)
     return RankModel(decoder=decoder, cache=cache, dispatcher=dispatcher, memory=memory)
 
 
@@ -110,18 +109,3 @@ def load_local_experts(
         weights = load_expert(checkpoint, config, id_.layer, id_.expert, dtype=dtype, device=device)
         shard.write(slot, weights)
     return LocalDispatcher(shard, {id_: slot for slot, id_ in enumerate(ids)})
-
-
-def _memory(
-    config: ModelConfig, options: GatewayOptions, group: TensorParallelGroup, *, num_experts: int
-) -> MemoryReport:
-    size, dtype = group.size, options.compute_dtype
-    limits = options.scheduler_options(config, size)
-    state_bytes = state_bytes_per_sequence(config, size, dtype)
-    return MemoryReport(
-        weights_bytes=rank_bytes(config, group.rank, size, dtype),
-        experts_bytes=num_experts * expert_bytes(config, dtype),
-        kv_bytes=limits.num_kv_blocks * options.kv_block_bytes(config, size),
-        state_bytes=options.max_sequences * state_bytes,
-        checkpoint_bytes=limits.prefix.num_places * state_bytes,
-    )

@@ -3,7 +3,7 @@
 Of each sequence and assignment the two newest whole snapshots are kept: their keys and values are
 the same rows, only the states are there twice. A newer assignment's first whole snapshot ends the
 older ones. What does not fit into the budget drives out what was cancelled, then what was written
-longest ago.
+longest ago; what does not fit alone is refused.
 """
 
 import itertools
@@ -107,6 +107,10 @@ class SnapshotStore:
         budget_bytes: Most that is kept.
         clock: Tells what is older.
         keep_s: For how long what was cancelled, or belongs to a gateway that has gone, is kept.
+
+    Attributes:
+        num_evicted: How often snapshots of a sequence that may be asked for had to go, or were not
+            taken, for want of room; those of cancelled ones are kept only while there is room.
     """
 
     def __init__(self, budget_bytes: int, clock: Clock, *, keep_s: float = 120.0) -> None:
@@ -127,7 +131,9 @@ class SnapshotStore:
     def put(self, shard: Shard) -> Verdict:
         """Take one rank's shard of a snapshot, whose digest the caller has checked."""
         stamp, data = shard.stamp, shard.data
-        if data.num_bytes > self.budget_bytes or not 0 <= data.rank < data.size:
+        if not 0 <= data.rank < data.size:
+            return Verdict.REFUSED
+        if not self.admits(data.num_bytes):
             return Verdict.REFUSED
         key = (stamp.request_id, stamp.sequence_index)
         with self._lock:
@@ -148,8 +154,15 @@ class SnapshotStore:
             if verdict is Verdict.COMPLETE:
                 for older in [a for a in chains if a < stamp.assignment]:
                     self._drop(key, older)
-            self._make_room(spare=(key, stamp.assignment))
-            return verdict
+            return verdict if self._make_room(spare=(key, stamp.assignment)) else Verdict.REFUSED
+
+    def admits(self, num_bytes: int) -> bool:
+        """Whether a part of so many bytes may be kept at all; one that may not is counted."""
+        if num_bytes <= self.budget_bytes:
+            return True
+        with self._lock:
+            self.num_evicted += 1
+        return False
 
     def is_whole(self, stamp: Stamp) -> bool:
         """Whether all shards of a snapshot have come, or of a later one."""
@@ -198,10 +211,12 @@ class SnapshotStore:
                 if now_s - since_s > self._keep_s:
                     self._drop(key, number)
 
-    def _make_room(self, spare: tuple[Key, int]) -> None:
+    def _make_room(self, spare: tuple[Key, int]) -> bool:
+        """Drop what is needed least until the rest fits; return whether the spared one does."""
         key, number = spare
-        if self._chains[key][number].num_bytes > self.budget_bytes:
-            self._drop(key, number)  # nothing that made way for it would help
+        fits = self._chains[key][number].num_bytes <= self.budget_bytes
+        if not fits:  # nothing that made way for it would help
+            self._evict(key, number)
         while self._num_bytes > self.budget_bytes:
             ages = [
                 (not chain.is_released, chain.written_s, key, number)
@@ -210,8 +225,12 @@ class SnapshotStore:
                 if (key, number) != spare
             ]
             *_, key, number = min(ages)
-            self._drop(key, number)
-            self.num_evicted += 1
+            self._evict(key, number)
+        return fits
+
+    def _evict(self, key: Key, assignment: int) -> None:
+        self.num_evicted += self._chains[key][assignment].released_s is None
+        self._drop(key, assignment)
 
     def _drop(self, key: Key, assignment: int) -> None:
         self._num_bytes -= self._chains[key].pop(assignment).num_bytes

@@ -24,7 +24,8 @@ from workers.gateway.capture import CaptureBook
 from workers.gateway.clients import Clients, Sink
 from workers.gateway.engine import NO_SNAPSHOTS, EngineOptions, GatewayEngine
 from workers.gateway.lockstep import FailureVote, Follower, Leader, LoneVote, StoreVote, Take, drop
-from workers.gateway.options import GatewayOptions, MemoryReport
+from workers.gateway.memory import MemoryReport, SnapshotDemand, snapshot_demand
+from workers.gateway.options import GatewayOptions
 from workers.gateway.outbox import Keeping, Outbox
 from workers.gateway.rank import RankModel, load_rank
 from workers.gateway.siblings import Siblings
@@ -216,6 +217,10 @@ class GatewayWorker:
                 self._clients.drop(request.request_id)
                 raise
             self._changed.notify_all()
+
+    def snapshot_demand(self) -> SnapshotDemand:
+        """Return what a gateway like this one takes of another's store of snapshots."""
+        return snapshot_demand(self._config, self._options, self._spec.size)
 
     def keep_with(self, holder: Holder | None, weights_version: str) -> None:
         """Hear which gateway keeps the snapshots from now on, if there is any."""
