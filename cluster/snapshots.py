@@ -25,6 +25,7 @@ _PREFIX_S = 5.0  # for a prefix; the request that wants it can be computed witho
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),  # else 60 s, whatever the keepalive says
     ("grpc.use_local_subchannel_pool", 1),
 )
 
