@@ -97,9 +97,9 @@ accept-gateways: ## Kill ranks of gateways 200 times under load; writes reports/
 	@$(BIN)/python -m tests.accept.chaos gateways --count 150 --json reports/gateways-1.json
 	@$(BIN)/python -m tests.accept.chaos gateways --count 50 --tensor-parallel 2 --json reports/gateways-2.json
 
-accept-frontdoors: ## Kill front doors and cut connections 250 times; writes reports/frontdoors.json
+accept-frontdoors: ## Kill front doors, connections and gateways 250 times; writes reports/frontdoors.json
 	@$(ACCEPT)
-	@$(BIN)/python -m tests.accept.chaos frontdoors --count 250 --json reports/frontdoors.json
+	@$(BIN)/python -m tests.accept.frontdoors --json reports/frontdoors.json
 
 accept-mixed: ## Harm both planes at once for 20 minutes; writes reports/mixed.json
 	@$(ACCEPT)
@@ -137,6 +137,13 @@ accept-gateway-death: ## Kill and drain gateways under load and at chosen tokens
 			--json reports/gateway-death-$$size.json || exit 1; \
 		$(BIN)/python -m tests.accept.gateway_death indices --tensor-parallel $$size --every 1 \
 			--after reports/gateway-death-$$size.json --json reports/gateway-indices-$$size.json || exit 1; \
+	done
+
+accept-fault-points: ## Kill ranks of gateways at named points under load; writes reports/fault-points-*.json
+	@$(ACCEPT)
+	@for size in 1 2; do \
+		$(BIN)/python -m tests.accept.fault_points --tensor-parallel $$size \
+			--json reports/fault-points-$$size.json || exit 1; \
 	done
 
 accept-snapshot-cost: ## Measure what snapshots cost, and replay; writes reports/snapshot-cost.json
@@ -177,4 +184,4 @@ export OMP_NUM_THREADS := 1
 	accept-last-copy accept-controller accept-head accept-fault-lab accept-gateway-death \
 	accept-snapshot-cost accept-cuts accept-overhead accept-gateways accept-frontdoors accept-mixed \
 	accept-rollout accept-chart accept-rebalance accept-autoscale accept-prefix-cache \
-	accept-long-context bench-placement bench-autoscaler clean help
+	accept-long-context accept-fault-points bench-placement bench-autoscaler clean help

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _READ_BYTES = 65_536
@@ -13,15 +14,21 @@ class _Strand:
 
     client: asyncio.StreamWriter
     door: asyncio.StreamWriter
+    endpoint: str  # the front door's
     is_held: bool = False  # the front door's end stays open whatever becomes of the other
+    is_silent: bool = False  # nothing comes through any more
 
 
 class Cable:
-    """Passes connections on to an endpoint, byte for byte."""
+    """Passes connections on to an endpoint, byte for byte.
 
-    def __init__(self, endpoint: str) -> None:
-        self._host, _, port = endpoint.rpartition(":")
-        self._port = int(port)
+    Args:
+        endpoint: HOST:PORT, or what chooses it for each new connection, as a Kubernetes Service
+            does.
+    """
+
+    def __init__(self, endpoint: str | Callable[[], str]) -> None:
+        self._endpoint = endpoint
         self._server: asyncio.Server | None = None
         self._passing: set[asyncio.Task[None]] = set()
         self._strands: set[_Strand] = set()
@@ -32,17 +39,33 @@ class Cable:
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
 
-    def cut(self, *, one_end: bool = False) -> int:
+    @property
+    def endpoints(self) -> list[str]:
+        """Where the connections lead that clients have now."""
+        return [strand.endpoint for strand in self._strands if not strand.is_held]
+
+    def cut(self, *, one_end: bool = False, to: str = "") -> int:
         """Reset all connections, or their client's end only; returns how many there were.
 
-        After a cut at one end the front door still believes in its clients.
+        After a cut at one end the front door still believes in its clients. Only those `to` one
+        endpoint, where it is given.
         """
-        whole = [strand for strand in self._strands if not strand.is_held]
+        whole = [s for s in self._strands if not s.is_held and to in ("", s.endpoint)]
         for strand in whole:
             strand.is_held = one_end
             strand.client.transport.abort()
             if not one_end:
                 strand.door.transport.abort()
+        return len(whole)
+
+    def silence(self, *, to: str = "") -> int:
+        """Lose all that is said from now on, and tell neither end; returns in how many connections.
+
+        As where a machine on the way is gone: each end finds out by its own keepalive.
+        """
+        whole = [s for s in self._strands if not s.is_held and to in ("", s.endpoint)]
+        for strand in whole:
+            strand.is_held = strand.is_silent = True
         return len(whole)
 
     async def close(self) -> None:
@@ -58,12 +81,14 @@ class Cable:
             self._server.close()
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        endpoint = self._endpoint if isinstance(self._endpoint, str) else self._endpoint()
+        host, _, port = endpoint.rpartition(":")
         try:
-            door_reader, door_writer = await asyncio.open_connection(self._host, self._port)
+            door_reader, door_writer = await asyncio.open_connection(host, int(port))
         except OSError:
             writer.transport.abort()
             return
-        strand = _Strand(writer, door_writer)
+        strand = _Strand(writer, door_writer, endpoint)
         self._strands.add(strand)
         for way in (
             self._pass(reader, door_writer, strand),
@@ -79,8 +104,9 @@ class Cable:
         """Pass bytes on until one end closes or breaks, and then close the other one."""
         with contextlib.suppress(OSError):
             while data := await source.read(_READ_BYTES):
-                sink.write(data)
-                await sink.drain()
+                if not strand.is_silent:
+                    sink.write(data)
+                    await sink.drain()
         if not (strand.is_held and sink is strand.door):
             sink.close()
             self._strands.discard(strand)

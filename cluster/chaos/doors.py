@@ -64,6 +64,8 @@ class Doors:
         self._draw = random.Random(f"{seed}/doors")  # noqa: S311 - a load, not a secret
         self._doors: dict[str, Door] = {}
         self._retired: list[Door] = []
+        self._adopting = asyncio.Lock()
+        self._adopted = (0, 0)  # term and version
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator["Doors"]:
@@ -83,8 +85,10 @@ class Doors:
         doors = [door for door in self._doors.values() if door is not other_than]
         return self._draw.choice(doors or list(self._doors.values()))
 
-    def __len__(self) -> int:
-        return len(self._doors)
+    @property
+    def endpoints(self) -> list[str]:
+        """Where they listen, of those that the View has named last."""
+        return sorted(self._doors)
 
     def cut(self) -> tuple[str, ...]:
         """Cut the clients' connections to one front door, now and then at their end only."""
@@ -93,6 +97,27 @@ class Doors:
         one_end = self._draw.random() < 0.5
         number = door.cable.cut(one_end=one_end)
         return (f"{number} to {door.endpoint}" + (", at one end" if one_end else ""),)
+
+    async def adopt(self, view: cluster_pb2.View) -> None:
+        """Open and drop channels as a View says; an older one than the last changes nothing.
+
+        Who kills front doors on the strength of a View must have this adopt it before: whoever
+        knows dead ones only finds no other.
+        """
+        named = {
+            member.endpoint
+            for member in view.members
+            if member.role == cluster_pb2.ROLE_FRONT_DOOR
+            and member.state == cluster_pb2.MEMBER_STATE_ACTIVE
+        }
+        async with self._adopting:
+            if (view.term, view.version) < self._adopted:
+                return
+            self._adopted = (view.term, view.version)
+            for endpoint in named - self._doors.keys():
+                await self._add(endpoint)
+            for endpoint in self._doors.keys() - named if named else ():
+                self._retire(endpoint)
 
     async def ask(self, method: str, message: Any, timeout_s: float) -> Any:  # noqa: ANN401
         """Ask the cluster through any front door that answers.
@@ -119,21 +144,12 @@ class Doors:
             await self._look()
 
     async def _look(self) -> None:
-        """Ask for the View; open and drop channels as it says."""
+        """Ask for the View."""
         try:
             answer = await self.ask("GetView", cluster_pb2.GetViewRequest(), _LOOK_DEADLINE_S)
         except UnavailableError:
             return
-        named = {
-            member.endpoint
-            for member in answer.view.members
-            if member.role == cluster_pb2.ROLE_FRONT_DOOR
-            and member.state == cluster_pb2.MEMBER_STATE_ACTIVE
-        }
-        for endpoint in named - self._doors.keys():
-            await self._add(endpoint)
-        for endpoint in self._doors.keys() - named if named else ():
-            self._retire(endpoint)
+        await self.adopt(answer.view)
 
     async def _add(self, endpoint: str) -> None:
         cable = Cable(endpoint) if self._with_cables else None

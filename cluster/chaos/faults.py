@@ -146,6 +146,7 @@ class Saboteur:
             status = await self.status()
             if status is not None:
                 known = {f"{m.name}.{m.incarnation}" for m in status.view.members}
+                await self._doors.adopt(status.view)
                 if (
                     status.ready
                     and not status.rebalancing_s
@@ -164,12 +165,17 @@ class Saboteur:
         self._mortal.update(pids)
 
     @contextlib.asynccontextmanager
-    async def fault(self, kind: str, members: tuple[str, ...]) -> AsyncIterator[None]:
-        """Note what is done inside as a fault, then wait until the cluster is whole."""
+    async def fault(
+        self, kind: str, members: tuple[str, ...], *, without: Collection[str] = ()
+    ) -> AsyncIterator[None]:
+        """Note what is done inside as a fault, then wait until the cluster is whole `without` some.
+
+        See `whole`.
+        """
         start_s = self._clock.now_s()
         yield
         acted_s = self._clock.now_s()
-        await self.whole()
+        await self.whole(without)
         window = Window(kind, start_s, acted_s + _AFTER_S)
         self._note(window, members, self._clock.now_s() - acted_s)
 

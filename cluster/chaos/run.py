@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,27 @@ _WARM_UP_S = 3.0
 _SHOWN = 20
 
 Script = Callable[[Saboteur], Any]  # a coroutine function that harms the cluster
+
+
+class AnyLoad(Protocol):
+    """What keeps requests under way while a cluster is harmed."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        """What came for each request that was sent, also of those under way."""
+        ...
+
+    async def run(self) -> None:
+        """Send requests until `stop`, and let the last ones finish."""
+        ...
+
+    def stop(self) -> None:
+        """Send no further requests."""
+        ...
+
+
+# Given the front doors and how many token ids there are.
+LoadMaker = Callable[[Doors, int], AnyLoad]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +108,12 @@ async def run_script(
     clock: Clock,
     progress: Callable[[Done], None] = lambda _done: None,
     connect: Connect | None = None,
+    make_load: LoadMaker | None = None,
 ) -> Run:
     """Run the load beside a script of faults; see `run_chaos`.
 
-    `connect` opens a channel to a front door at HOST:PORT; a cleartext one when it is None.
+    `connect` opens a channel to a front door at HOST:PORT; a cleartext one when it is None. The
+    load is that of `load.py` unless `make_load` makes another one.
     """
     doors = Doors(
         server, seed=options.seed, with_cables=Fault.CUT in options.counts, connect=connect
@@ -108,13 +131,18 @@ async def run_script(
         models = await doors.pick().inference.ListModels(
             inference_pb2.ListModelsRequest(), timeout=10
         )
-        load = Load(
-            doors,
-            concurrency=options.concurrency,
-            seed=options.seed,
-            vocabulary_size=models.models[0].vocabulary_size,
-            clock=clock,
-        )
+        vocabulary_size = models.models[0].vocabulary_size
+        load: AnyLoad
+        if make_load is not None:
+            load = make_load(doors, vocabulary_size)
+        else:
+            load = Load(
+                doors,
+                concurrency=options.concurrency,
+                seed=options.seed,
+                vocabulary_size=vocabulary_size,
+                clock=clock,
+            )
         running = asyncio.create_task(load.run())
         try:
             await asyncio.sleep(_WARM_UP_S)

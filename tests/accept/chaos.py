@@ -2,17 +2,16 @@
 
     python -m tests.accept.chaos faults [--gateways 1] [--kills 300 --joins 100 ...] [--json FILE]
     python -m tests.accept.chaos walk | last-copy | controller
-    python -m tests.accept.chaos gateways [--tensor-parallel 2] | frontdoors [--gateways 2]
+    python -m tests.accept.chaos gateways [--tensor-parallel 2]
     python -m tests.accept.chaos mixed [--minutes 20]
 
 `faults` kills, freezes, adds and drains expert workers at random moments. `walk` takes gateways x
 workers through 1x3, 1x4, 2x4, 2x2, 1x5 and 1x1. `last-copy` kills two workers at once, and, with a
 floor of 1, single ones: rows are parked until the lost experts are loaded elsewhere. `controller`
 kills the controller again and again. `gateways` kills one rank of a gateway at a time, and freezes
-some. `frontdoors` kills front doors, cuts connections, and kills a front door together with a
-gateway; the load's clients come back through another front door. `mixed` harms both planes, often
-both at once, for as long as it is told. Each replays every sequence through the experts in one
-process.
+some. `mixed` harms both planes, front doors and connections too, often both at once, for as long as
+it is told; the load's clients come back through another front door. Each replays every sequence
+through the experts in one process.
 """
 
 import argparse
@@ -82,14 +81,6 @@ def last_copy_counts(options: argparse.Namespace) -> dict[Fault, int]:
     return {Fault.KILL: single, Fault.KILL_TWO: options.count - single}
 
 
-def front_door_counts(options: argparse.Namespace) -> dict[Fault, int]:
-    """A fifth of the faults are of a front door together with a gateway, half are cuts."""
-    both = options.count // 5
-    cuts = options.count // 2
-    kills = options.count - both - cuts
-    return {Fault.KILL_FRONT_DOOR: kills, Fault.CUT: cuts, Fault.KILL_BOTH: both}
-
-
 SCENES = {
     "faults": faults_counts,
     "last-copy": last_copy_counts,
@@ -98,7 +89,6 @@ SCENES = {
         Fault.KILL_GATEWAY: options.count,
         Fault.FREEZE_GATEWAY: options.count // 10,
     },
-    "frontdoors": front_door_counts,
 }
 
 
@@ -128,7 +118,7 @@ async def walk(saboteur: Saboteur) -> None:
 def command_of(options: argparse.Namespace) -> list[str]:
     """Return the arguments of `expertmesh serve`."""
     scene = options.what
-    several = scene in {"gateways", "frontdoors", "mixed"}
+    several = scene in {"gateways", "mixed"}
     gateways = options.gateways or (2 if several else 1)
     front_doors = options.front_doors or (2 if several else 1)
     return [

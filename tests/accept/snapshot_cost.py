@@ -5,13 +5,16 @@
 Cost: CPU seconds of all gateway processes for the same decode work, on a cluster that takes
 snapshots and on one that takes none, which do it side by side, so that a machine whose speed drifts
 favours neither; the bound is the upper end of a one-sided 95 % interval of the mean relative
-difference. Replay: CPU time from a resumed request's arrival to its first new
-token, by how many known tokens lie behind its snapshot; in this process.
+difference. Replay: CPU time from a resumed request's arrival to its first new token, by how many
+known tokens lie behind its snapshot; in this process. Lives: CPU time for each token of requests
+that lose their gateway every so many tokens, by the interval of snapshots, beside the interval that
+the two costs before predict as the best.
 """
 
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 import threading
@@ -41,6 +44,10 @@ CONCURRENCY = 8
 TOKENS = 256
 REPLAYED = (0, 8, 16, 32, 64, 128, 256)
 REPEATS = 15
+INTERVALS = (2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS_PER_LIFE = 200  # on average
+LIVES_TOKENS = 500  # of each request that is measured over its lives
+LIVES_ROUNDS = 2
 LIMIT_PERCENT = 3.0
 HOLDER = Holder("here.1", "")
 T95 = 1.70  # Student's, one-sided, for about 29 degrees of freedom
@@ -104,13 +111,13 @@ def measure_cost(pairs: int) -> dict[str, Any]:
 class Bench:
     """One gateway in this process, and the store of its snapshots."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: int = 1) -> None:
         self.store = SnapshotStore(2**30, SystemClock())
         spec = GatewaySpec(
             member=MemberId("gateway", 1), rank=0, size=1, host="127.0.0.1",
             model_dir=str(demo_model_path()),
             options=GatewayOptions(
-                max_sequences=4, context_tokens=1024, local_experts=True, snapshot_tokens=1
+                max_sequences=4, context_tokens=1024, local_experts=True, snapshot_tokens=interval
             ),
         )  # fmt: skip
         self.worker = GatewayWorker(spec, keeping=Keeping(self._push))
@@ -134,6 +141,20 @@ class Bench:
         assert done.wait(60), self.worker.failure
         self.worker.abort(request.request_id)
         return found[:tokens]
+
+    def live(self, request: Request, deaths: Sequence[int]) -> float:
+        """Return the CPU seconds of a request that is lost and goes on after so many tokens each.
+
+        As with a real gateway, it goes on from the newest snapshot that is whole by then.
+        """
+        start_s = time.process_time()
+        tokens: list[int] = []
+        for assignment, life in enumerate(deaths, start=1):
+            known = len(request.prompt_token_ids) + len(tokens)
+            newest = self.store.newest(request.request_id, 0, known - 1)
+            again = replace(request, assignment=assignment, emitted=(tuple(tokens),))
+            tokens += self.run(again, {0: newest} if newest is not None else {}, life)
+        return time.process_time() - start_s
 
     def _push(self, shard: Shard, holder: Holder) -> None:
         verdict = self.store.put(shard)
@@ -171,6 +192,35 @@ def measure_replay() -> list[dict[str, float]]:
     return rows
 
 
+def measure_lives(seed: int = 0) -> list[dict[str, float]]:
+    """Return the CPU time for a token, by the interval of snapshots, as a median of rounds."""
+    draw = random.Random(seed)
+    deaths: list[int] = []
+    while sum(deaths) < LIVES_TOKENS:
+        life = min(1 + int(draw.expovariate(1 / TOKENS_PER_LIFE)), LIVES_TOKENS - sum(deaths))
+        deaths.append(life)
+    print(f"seed {seed}: lives of {deaths} tokens", flush=True)
+    request = Request(
+        request_id="r", prompt_token_ids=tuple(range(5, 45)), sampling=Sampling(temperature=0.0),
+        stopping=Stopping(max_tokens=LIVES_TOKENS + 1, ignore_eos=True),
+    )  # fmt: skip
+    costs_s: dict[int, list[float]] = {interval: [] for interval in INTERVALS}
+    for number in range(LIVES_ROUNDS + 1):  # the first warms up
+        for interval in INTERVALS:
+            bench = Bench(interval)
+            spent_s = bench.live(replace(request, request_id=f"r-{number}"), deaths)
+            bench.worker.close()
+            if number:
+                costs_s[interval].append(spent_s)
+    rows = [
+        {"interval": k, "cpu_ms": 1000 * statistics.median(spent_s) / LIVES_TOKENS}
+        for k, spent_s in costs_s.items()
+    ]
+    for row in rows:
+        print(f"every {row['interval']:3.0f} tokens: {row['cpu_ms']:.3f} ms a token", flush=True)
+    return rows
+
+
 def optimum(snapshot_ms: float, token_ms: float, tokens_per_death: float) -> float:
     """Return the interval at which snapshots and replay cost least together.
 
@@ -185,12 +235,24 @@ def plot(report: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4))
     rows = report["replay"]
     for name in ("cpu_ms", "wall_ms"):
         left.plot([r["replayed"] for r in rows], [r[name] for r in rows], "o-", label=name)
     left.set(xlabel="tokens replayed", ylabel="ms to the first new token")
     left.legend()
+    lives = report["lives"]
+    middle.plot(
+        [r["interval"] for r in lives], [r["cpu_ms"] for r in lives], "o-", label="measured"
+    )
+    middle.axvline(
+        report["optimum"][f"{TOKENS_PER_LIFE}"], linestyle=":", label="predicted optimum"
+    )
+    middle.set(
+        xscale="log", xlabel=f"interval k, a death in {TOKENS_PER_LIFE} tokens",
+        ylabel="CPU ms a token",
+    )  # fmt: skip
+    middle.legend()
     intervals = [2**n for n in range(2, 15)]
     for name, best in report["optimum"].items():
         per_death = float(name)
@@ -213,12 +275,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     rows = measure_replay()
+    lives = measure_lives()
     cost = measure_cost(options.pairs)
     first, last = rows[0], rows[-1]
     token_ms = (last["cpu_ms"] - first["cpu_ms"]) / (last["replayed"] - first["replayed"])
-    report: dict[str, Any] = {"cost": cost, "replay": rows, "token_ms": token_ms}
+    report: dict[str, Any] = {"cost": cost, "replay": rows, "lives": lives, "token_ms": token_ms}
     snapshot_ms = max(cost["ms_per_snapshot"], 0.01)
-    report["optimum"] = {f"{n:g}": optimum(snapshot_ms, token_ms, n) for n in (1e4, 1e6, 1e8)}
+    deaths = (TOKENS_PER_LIFE, 1e4, 1e6, 1e8)
+    report["optimum"] = {f"{n:g}": optimum(snapshot_ms, token_ms, n) for n in deaths}
     report["passed"] = cost["upper_95_percent"] <= LIMIT_PERCENT
     print(
         f"snapshots every {INTERVAL} tokens cost {cost['mean_percent']:.2f} % CPU, at most "

@@ -5,8 +5,10 @@ import hashlib
 import random
 from contextlib import AsyncExitStack
 
+import grpc
 import pytest
 
+from cluster.chaos.cable import Cable
 from cluster.frontdoor.model import ModelInfo
 from cluster.frontdoor.options import FrontDoorOptions
 from cluster.pb.expertmesh.v1 import inference_pb2
@@ -38,6 +40,7 @@ TOOLS = [Tool("f", "adds", {"properties": {"a": {"type": "integer"}}})]
 QUICK = RetryPolicy(first_backoff_s=0.005, max_backoff_s=0.05)
 SEED = 20_26
 LONG_S = 60.0
+SILENCE_S = 20.0  # the client gives a silent peer up after 15
 ROUNDS = 6
 
 
@@ -222,6 +225,47 @@ async def test_a_stream_resumed_at_any_message_says_what_the_whole_would_have(
             for number, response in enumerate(whole[:-1], 1):
                 token_ids += response.token_ids
                 assert await answered([{"token_ids": token_ids}]) == whole[number:]
+
+
+async def test_a_peer_that_falls_silent_is_given_up_in_time(model):
+    """Also while a ping of gRPC's own is under way, which it would wait a minute for."""
+    gateway = FakeGateway(saying(model, TEXTS[0]), hold_after=3)
+    async with front_door(gateway, model=model) as site:
+        cable = Cable(site.address)
+        async with AsyncClient(await cable.lay(), retry=QUICK) as client:
+            stream = client.generate("x", timeout_s=LONG_S)
+            for _ in range(3):
+                await anext(stream)
+            assert cable.silence() == 1
+            gateway.go_on()
+            async with asyncio.timeout(SILENCE_S):
+                answer = await stream.collect()
+        await cable.close()
+
+    assert answer.text == TEXTS[0]
+
+
+async def test_a_request_is_taken_from_a_connection_that_only_the_front_door_believes_in(model):
+    gateway = FakeGateway(saying(model, TEXTS[0]), hold_after=0)
+    async with (
+        front_door(gateway, model=model) as site,
+        cutting_proxy(None) as (proxy, address),
+        AsyncClient(address, retry=QUICK) as client,
+    ):
+        lost = site.inference.Generate(
+            inference_pb2.GenerateRequest(request_id="mine", text="x"), timeout=WAIT_S
+        )
+        await lost.read()
+        stream = client.generate("x", request_id="mine", timeout_s=WAIT_S)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.05)  # there is nobody at first, as where a connection was lost
+        proxy.upstream = site.address
+        await until(lambda: len(gateway.submitted) == 2)
+        gateway.go_on()
+        answer = (await first, await stream.collect())[1]
+
+        assert answer.text == TEXTS[0]
+        assert await lost.code() is grpc.StatusCode.ALREADY_EXISTS
 
 
 def test_messages_of_client_and_server_do_not_get_in_each_others_way():

@@ -69,7 +69,7 @@ async def test_all_losses_of_a_connection_are_survived_and_the_request_is_sent_w
     assert answer.completions[0].token_ids == (1, 2, 3, 4, 5, 6)
     assert answer.text == "<1><2><3><4><5><6>"
     sent = [[list(p.token_ids) for p in r.resume_from] for r in door.requests]
-    assert sent == [[], [], [], [[1]], [[1]], [[1, 2]], [[1, 2, 3]], [[1, 2, 3, 4, 5]]]
+    assert sent == [[], [], [[]], [[1]], [[1]], [[1, 2]], [[1, 2, 3]], [[1, 2, 3, 4, 5]]]
     assert {(r.request_id, r.text, r.stopping.max_tokens) for r in door.requests} == {("r", "x", 6)}
     assert [r.sampling.HasField("seed") for r in door.requests] == [False] * 3 + [True] * 5
 

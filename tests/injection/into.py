@@ -1,4 +1,4 @@
-"""How a test has processes that it only starts do something else in one module."""
+"""How a test has processes that it only starts do something else in some modules."""
 
 import os
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def environment_of(module: str, change: str, **more: str) -> dict[str, str]:
-    """Return the environment in which `change` (MODULE:FUNCTION) is called with a module.
+def environment_of(modules: str, change: str, **more: str) -> dict[str, str]:
+    """Return the environment in which `change` (MODULE:FUNCTION) is called with each module.
 
-    `more` is for the change to read.
+    `modules` are one or several with commas between; `more` is for the change to read.
     """
     paths = (str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", ""))
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "INJECT_INTO": module,
+        "INJECT_INTO": modules,
         "INJECT": change,
         **more,
     }

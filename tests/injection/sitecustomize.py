@@ -1,7 +1,7 @@
-"""Changes a module in processes that a test only starts: Python imports this by itself.
+"""Changes modules in processes that a test only starts: Python imports this by itself.
 
 `environment_of` in `tests/injection/into.py` says how a test has it found. INJECT names what is
-called, as MODULE:FUNCTION, with the module INJECT_INTO as soon as that has been imported.
+called, as MODULE:FUNCTION, with each of the modules INJECT_INTO as soon as that has been imported.
 """
 
 import os
@@ -12,17 +12,22 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
 
-MODULE = os.environ.get("INJECT_INTO", "")
+MODULES = frozenset(filter(None, os.environ.get("INJECT_INTO", "").split(",")))
 
 
 class Injection(MetaPathFinder):
-    """Changes one module as soon as it is imported, and is gone."""
+    """Changes each module as soon as it is imported, and is gone after the last one."""
+
+    def __init__(self) -> None:
+        self._left = set(MODULES)
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         del path, target
-        if name != MODULE:
+        if name not in self._left:
             return None
-        sys.meta_path.remove(self)
+        self._left.discard(name)  # the look-up below comes here again
+        if not self._left:
+            sys.meta_path.remove(self)
         spec = find_spec(name)
         assert spec is not None
         assert spec.loader is not None
@@ -37,5 +42,5 @@ class Injection(MetaPathFinder):
         return spec
 
 
-if MODULE:
+if MODULES:
     sys.meta_path.insert(0, Injection())

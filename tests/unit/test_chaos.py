@@ -186,6 +186,59 @@ async def test_a_cable_passes_bytes_until_it_is_cut_at_one_end_or_both(one_end) 
     server.close()
 
 
+async def test_a_cable_leads_each_connection_where_it_is_told_and_is_cut_by_where_that_is() -> None:
+    async def stay(reader, writer) -> None:
+        writer.write(b"x")
+        await reader.read()
+        writer.close()
+
+    servers = [await asyncio.start_server(stay, "127.0.0.1", 0) for _ in range(2)]
+    ways = [f"127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
+    turns = iter(ways)
+    cable = Cable(lambda: next(turns))
+    host, _, port = (await cable.lay()).rpartition(":")
+    ends = []
+    for _ in ways:
+        ends.append(await asyncio.open_connection(host, int(port)))
+        assert await ends[-1][0].read(1) == b"x"
+
+    assert cable.cut(one_end=True, to=ways[0]) == 1
+    assert cable.endpoints == ways[1:]
+    with contextlib.suppress(OSError):
+        assert await asyncio.wait_for(ends[0][0].read(), 5.0) == b""
+    for _, writer in ends:
+        writer.close()
+    await cable.close()
+    for server in servers:
+        server.close()
+
+
+async def test_a_silent_cable_passes_nothing_and_tells_nobody() -> None:
+    heard = []
+
+    async def echo(reader, writer) -> None:
+        while data := await reader.read(100):
+            heard.append(data)
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    cable = Cable(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    host, _, port = (await cable.lay()).rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"before")
+    assert await reader.readexactly(6) == b"before"
+
+    assert cable.silence() == 1
+    writer.write(b"after")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(), 0.1)
+    assert (heard, cable.endpoints, cable.cut()) == ([b"before"], [], 0)
+    writer.close()
+    await cable.close()
+    server.close()
+
+
 async def test_a_cable_tells_a_client_that_the_front_door_has_gone() -> None:
     async def leave(_reader, writer) -> None:
         writer.transport.abort()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from clients.python.tests.harness_errors import Broken
 from expertmesh_client._pb.expertmesh.v1 import inference_pb2 as pb
 from expertmesh_client.collect import Collector
-from expertmesh_client.errors import ExpertmeshError, UnavailableError
+from expertmesh_client.errors import DuplicateRequestError, ExpertmeshError, UnavailableError
 from expertmesh_client.journey import BrokenStreamError, Journey
 from expertmesh_client.retry import Retries, RetryPolicy
 from expertmesh_client.types import FinishReason
@@ -138,6 +138,25 @@ def test_other_attempts_carry_the_seed_of_the_first_message_and_the_tokens():
         [()],  # it was admitted
         [(1, 2), (5,)],
     ]
+
+
+def test_a_request_that_the_server_holds_for_a_lost_connection_is_taken_over():
+    journey = journey_of(request_for([(1,)]))
+    journey.begin(0.0)
+    journey.end(LOST, 0.0)
+    assert not journey.begin(0.0).request.resume_from  # it may never have arrived
+    journey.end(Broken(grpc.StatusCode.ALREADY_EXISTS), 0.0)
+    (point,) = journey.begin(0.0).request.resume_from
+
+    assert not point.token_ids
+
+
+def test_a_request_of_somebody_else_is_not_taken_over():
+    journey = journey_of(request_for([(1,)]))
+    journey.begin(0.0)
+    with pytest.raises(DuplicateRequestError):
+        journey.end(Broken(grpc.StatusCode.ALREADY_EXISTS), 0.0)
+    assert not journey.begin(0.0).request.resume_from
 
 
 def test_a_seed_that_the_caller_sets_is_kept():

@@ -52,6 +52,7 @@ def channel_options(max_message_bytes: int, server_name: str | None) -> list[tup
         ("grpc.enable_retries", 1),
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),  # else 60 s, whatever the keepalive says
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),

@@ -49,7 +49,7 @@ class Journey(Generic[AnyRequest]):
         self._token_ids: list[list[int]] = [[] for _ in range(max(1, num_sequences))]
         self._finishes: dict[int, Finish] = {}
         self._is_cancelled = False
-        self._is_admitted = False  # a stream has begun
+        self._is_admitted = False  # a stream has begun, or the server says that one is open
 
     @property
     def is_complete(self) -> bool:
@@ -66,7 +66,8 @@ class Journey(Generic[AnyRequest]):
             if token_ids:
                 request.resume_from.add(sequence_index=index, token_ids=token_ids)
         if self._is_admitted and not request.resume_from:
-            request.resume_from.add(sequence_index=0)  # so that no full queue refuses it now
+            # No full queue refuses it now, and a stream that was lost gives way to this one.
+            request.resume_from.add(sequence_index=0)
         return Attempt(request, self._retries.target, self._retries.begin(now_s))
 
     def take(self, response: Response, now_s: float) -> Update | None:
@@ -111,7 +112,11 @@ class Journey(Generic[AnyRequest]):
             failure = Failure(code=grpc.StatusCode.UNAVAILABLE, message=str(error))
         else:
             failure = failure_of(error)
-        return self._retries.after(failure, now_s)
+        wait_s = self._retries.after(failure, now_s)
+        # The server believes in a connection that was lost, so the request was admitted by it. A
+        # loss alone does not say so: whoever may never have arrived must not pass a full queue by.
+        self._is_admitted |= failure.code is grpc.StatusCode.ALREADY_EXISTS
+        return wait_s
 
     def cancel(self) -> None:
         """Note that the server was asked to cancel the request."""

@@ -28,23 +28,24 @@ _LOSSES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How long, and how often, a call is sent again.
+    """For how long a call is sent again.
 
     The wait before an attempt is drawn between 0 and a bound that starts at `first_backoff_s`,
     doubles up to `max_backoff_s`, and starts again with every new token. A target that was not
-    tried since the last token is tried at once. After `max_failures` of them in a row the call
-    fails.
+    tried since the last token is tried at once. Failures are borne for `stall_s` without anything
+    new, however many they are, unless `max_failures` bounds those in a row as well.
 
     An attempt lasts `stall_s` at most, and a call that got nothing new in one ends: so a call
     without a deadline ends at most twice `stall_s` after its last token. A lost connection may
-    leave its request behind at the server for a while: for `duplicate_s` it is asked for again.
+    leave its request behind at the server for a while: for `duplicate_s` after the loss it is taken
+    over from there.
     With `waits_for_room` a full queue is waited for as the server says, up to `stall_s`; without,
     it is an OverloadedError.
     """
 
     first_backoff_s: float = 0.05
     max_backoff_s: float = 5.0
-    max_failures: int = 40
+    max_failures: int | None = None
     stall_s: float = 300.0
     duplicate_s: float = 60.0
     waits_for_room: bool = False
@@ -174,7 +175,7 @@ class Retries:
         if self._deadline_s is not None and next_s >= self._deadline_s:
             message = f"no time is left for another attempt; the last one: {failure.message}"
             raise error_of(Failure(code=late, message=message), self._request_id)
-        if self._failures > policy.max_failures:
+        if policy.max_failures is not None and self._failures > policy.max_failures:
             few = self._failures == 1
             note = "" if few else f"given up after {self._failures} failures in a row"
             raise error_of(failure, self._request_id, note)
