@@ -239,5 +239,5 @@ def _server_options(options: FrontDoorOptions) -> list[tuple[str, int]]:
         ("grpc.http2.ping_timeout_ms", int(options.keepalive_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ]
