@@ -87,7 +87,7 @@ def choose_gateway(
 
     def rank(load: GatewayLoad) -> tuple[bool, float, bytes]:
         ahead = max(load.outstanding_tokens + num_tokens - load.cached_tokens, 0)
-        return (not load.has_room, ahead * load.pace, weight_of(name, load.id))
+        return (not load.has_room, ahead * load.pace, weight_of(f"{name}/gateway", load.id))
 
     open_to_it = [load for load in loads if load.id not in excluding]
     return min(open_to_it, key=rank).id if open_to_it else None

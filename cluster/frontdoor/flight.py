@@ -75,6 +75,7 @@ class Flight:
         self._deadline_s: float | None = None
         self._lost_s: float | None = None  # when a gateway was lost last
         self._num_rounds = 0  # in which every gateway has refused it, since it last had a place
+        self._round_ends_s: float | None = None  # when all of them are asked again
         self._isolated_s: float | None = None  # since when it waits for another suspect
 
     @property
@@ -221,22 +222,33 @@ class Flight:
         self._deadline_s = self._deadline_s or now_s + wait_s
         if now_s >= self._deadline_s:
             raise UnavailableError(f"no gateway could take the request within {wait_s:g} s")
-        retry_s = self._retry_s() if self._refused_by else wait_s
+        until_s = self._deadline_s
+        if self._refused_by:
+            until_s = min(until_s, self._round_end(now_s))
         if self._waits_for_others():
-            retry_s = min(retry_s, self._others_s())
+            until_s = min(until_s, now_s + self._others_s())
         try:
-            async with asyncio.timeout_at(min(self._deadline_s, now_s + retry_s)):
+            async with asyncio.timeout_at(until_s):
                 notice = await self._notices.get()
         except TimeoutError:
-            self._refused_by.clear()
-            self._num_rounds += 1
+            self._num_rounds += bool(self._refused_by)
+            self._ask_all_again()
             return []
         return self._heed(*notice)
 
-    def _retry_s(self) -> float:
-        """Return when a request that all have refused is sent again: its prompt may be long."""
-        doublings = min(self._num_rounds, _MOST_ROUNDS)
-        return self._pool.options.gateway_retry_s * float(1 << doublings)
+    def _round_end(self, now_s: float) -> float:
+        """Return when a request that all have refused is sent again: its prompt may be long.
+
+        That stands whatever is heard until then: one that is out of reach is heard of often.
+        """
+        if self._round_ends_s is None:
+            doublings = min(self._num_rounds, _MOST_ROUNDS)
+            self._round_ends_s = now_s + self._pool.options.gateway_retry_s * (1 << doublings)
+        return self._round_ends_s
+
+    def _ask_all_again(self) -> None:
+        self._refused_by.clear()
+        self._round_ends_s = None
 
     def _heed(
         self, assignment: int, notice: TokenEvent | ExpertmeshError | _Notice
@@ -330,7 +342,7 @@ class Flight:
             return []
         emitted.extend(fresh.token_ids)
         self._is_admitted, self._deadline_s = True, None
-        self._refused_by.clear()
+        self._ask_all_again()
         self._num_rounds = 0
         self._isolated(None)
         self._has_prompt_logprobs |= bool(fresh.prompt_logprobs)

@@ -106,12 +106,16 @@ class GatewaySession:
     @property
     def cost_s(self) -> float | None:
         """What a step is expected to take there for each of its sequences, if that is known."""
-        return self._pace.cost_s(asyncio.get_running_loop().time())
+        return self._pace.cost_s
 
     def has_room(self, num_sequences: int) -> bool:
         """Whether so many new sequences are taken at once, as far as is known."""
-        own = sum(seat.request.num_sequences for seat in self._seats.values())
-        return self.stats is None or has_room(self.stats, self._num_others + own, num_sequences)
+        known = self._num_others + self._num_own
+        return self.stats is None or has_room(self.stats, known, num_sequences)
+
+    @property
+    def _num_own(self) -> int:
+        return sum(seat.num_running for seat in self._seats.values())
 
     def submit(self, request: Request, passenger: Passenger) -> None:
         """Send a request; its events are delivered to the passenger."""
@@ -279,8 +283,7 @@ class GatewaySession:
     def _note_load(self, stats: GatewayStats) -> None:
         self.stats = stats
         self._pace.note(stats, asyncio.get_running_loop().time())
-        own = sum(seat.request.num_sequences for seat in self._seats.values())
-        self._num_others = max(stats.running + stats.waiting - own, 0)
+        self._num_others = max(stats.running + stats.waiting - self._num_own, 0)
 
     def _deliver(self, messages: Iterable[gateway_pb2.TokenEvent]) -> None:
         for message in messages:
@@ -369,7 +372,8 @@ class GatewayPool:
 
         A snapshot of it draws it to its holder as a kept prefix would: until fetching is cheaper.
         """
-        kept = self._kept(request) if snapshot is None else self._at_holder(snapshot, request)
+        num_tokens = self._known_tokens(request, snapshot)
+        kept = self._at_holder(snapshot, num_tokens) or self._kept(request)
         sessions = {m: session for m, session in self._sessions.items() if session.takes_work}
         costs_s = {m: session.cost_s for m, session in sessions.items()}
         known_s = [cost_s for cost_s in costs_s.values() if cost_s is not None]
@@ -383,10 +387,11 @@ class GatewayPool:
             )
             for member_id, session in sessions.items()
         ]
-        num_tokens, name = 0, ""
+        name = ""
         if request is not None:
-            num_tokens = self._tokens_of(request)
             name = request.request_id
+            completion = min(request.stopping.max_tokens, self.options.expected_tokens)
+            num_tokens += request.num_sequences * completion
         chosen = choose_gateway(loads, excluding, num_tokens=num_tokens, name=name)
         return None if chosen is None else self._sessions[chosen]
 
@@ -427,20 +432,22 @@ class GatewayPool:
             if session.is_connected and session.stats is not None
         }
 
-    def _tokens_of(self, request: Request) -> int:
-        """Return how many tokens a request is expected to have, of all its sequences."""
-        completion = min(request.stopping.max_tokens, self.options.expected_tokens)
-        return len(request.prompt_token_ids) + request.num_sequences * completion
+    def _known_tokens(self, request: Request | None, snapshot: SnapshotPlace | None) -> int:
+        """Return how many tokens there are to go on from, of the prompt and behind it."""
+        num_prompt = len(request.prompt_token_ids) if request is not None else 0
+        return max(num_prompt, snapshot.position if snapshot is not None else 0)
 
-    def _at_holder(self, snapshot: SnapshotPlace, request: Request | None) -> KeptPrompt:
+    def _at_holder(self, snapshot: SnapshotPlace | None, num_tokens: int) -> KeptPrompt | None:
         """Return what a snapshot spares at its holder, and at the others less what it costs.
 
-        How far it is may not be known: then it has the prompt, probably.
+        How far it is may not be known: then it has the prompt, probably. None if it is out of
+        reach.
         """
-        holder = self.find(snapshot.holder)
-        num_tokens = max(snapshot.position, len(request.prompt_token_ids) if request else 0)
-        kept = {} if holder is None else {holder.member.id: num_tokens}
-        return KeptPrompt(kept, self.options.prefix_fetch_tokens or _FETCH_TOKENS)
+        holder = self.find(snapshot.holder) if snapshot is not None else None
+        if holder is None or not holder.is_connected:
+            return None
+        fetch_tokens = self.options.prefix_fetch_tokens or _FETCH_TOKENS
+        return KeptPrompt({holder.member.id: num_tokens}, fetch_tokens)
 
     def _kept(self, request: Request | None) -> KeptPrompt:
         """Return what all gateways keep of a prompt, also those that leave."""

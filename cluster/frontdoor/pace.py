@@ -18,10 +18,12 @@ class Pace:
         self._before: GatewayStats | None = None
         self._step_s: float | None = None
         self._stepped_s = 0.0
+        self._heard_s = 0.0
 
     def note(self, stats: GatewayStats, now_s: float) -> None:
         """Take a report."""
         before, self._before = self._before, stats
+        self._heard_s = now_s
         steps = stats.steps - before.steps if before is not None else 0
         if before is None or steps < 0:  # its first word, or it is another process
             self._step_s, self._stepped_s = None, now_s
@@ -32,13 +34,14 @@ class Pace:
         elif not before.running:
             self._begins_or_idles(stats, now_s)
 
-    def cost_s(self, now_s: float) -> float | None:
-        """Return the expected step time for each sequence of a step; None if it is not known.
+    @property
+    def cost_s(self) -> float | None:
+        """The expected step time for each sequence of a step; None if it is not known.
 
-        A step that is under way for longer than that counts by how long it is.
+        A step that was under way for longer than that, by the last report, counts by how long.
         """
         num_sequences = self._before.running if self._before is not None else 0
-        under_way_s = now_s - self._stepped_s if num_sequences else 0.0
+        under_way_s = self._heard_s - self._stepped_s if num_sequences else 0.0
         if self._step_s is None:
             return None
         return max(self._step_s, under_way_s) / (_FIXED_SEQUENCES + num_sequences)

@@ -56,6 +56,7 @@ class Seat:
     expected_tokens: int
     _has_begun: bool = False
     _num_tokens: list[int] = field(init=False)
+    _ended: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         emitted = self.request.emitted or ((),) * self.request.num_sequences
@@ -65,14 +66,22 @@ class Seat:
         """Count what has come, and pass it on."""
         self._has_begun |= bool(event.token_ids)
         self._num_tokens[event.sequence_index] += len(event.token_ids)
+        if event.finish is not None:
+            self._ended.add(event.sequence_index)
         self.passenger.deliver(event)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have not ended there."""
+        return self.request.num_sequences - len(self._ended)
 
     @property
     def tokens_ahead(self) -> int:
         """Tokens to compute until it ends, each of the prompt and of the completions alike."""
         known = len(self.request.prompt_token_ids) + max(self._num_tokens)
         prefill = 0 if self._has_begun else max(known - self.spared_tokens, 0)
-        return prefill + sum(map(self._remaining, self._num_tokens))
+        running = (n for i, n in enumerate(self._num_tokens) if i not in self._ended)
+        return prefill + sum(map(self._remaining, running))
 
     def _remaining(self, num_tokens: int) -> int:
         expected = max(self.expected_tokens - num_tokens, self.expected_tokens // _MEMORY)

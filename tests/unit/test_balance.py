@@ -1,6 +1,7 @@
 """Which gateway a request goes to, and from where that one fetches the begin of its prompt."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from cluster.frontdoor.pace import Pace, relative
 from cluster.frontdoor.seats import Seat
 from workers.placement import MemberId
 from workers.types import (
+    FinishReason,
     GatewayStats,
     PrefixPlace,
     Request,
@@ -76,14 +78,14 @@ def steps(count: int, step_s: float, running: int = 2) -> GatewayStats:
 
 def test_a_pace_is_known_from_the_second_report_on_and_follows_the_last_ones():
     pace = Pace()
-    assert pace.cost_s(0.0) is None
+    assert pace.cost_s is None
     pace.note(steps(100, 0.5), 0.0)
-    assert pace.cost_s(0.0) is None
+    assert pace.cost_s is None
     pace.note(steps(110, 0.5), 1.0)
-    assert pace.cost_s(1.0) == pytest.approx(0.05)
+    assert pace.cost_s == pytest.approx(0.05)
     slow = GatewayStats(steps=120, step_s=110 * 0.5 + 10 * 2.0, running=2)
     pace.note(slow, 2.0)
-    assert 0.05 < pace.cost_s(2.0) < 0.2
+    assert 0.05 < pace.cost_s < 0.2
 
 
 def test_a_gateway_of_more_sequences_is_not_slow_for_its_longer_steps():
@@ -91,24 +93,32 @@ def test_a_gateway_of_more_sequences_is_not_slow_for_its_longer_steps():
     for pace, running, step_s in ((few, 2, 0.10), (many, 12, 0.20)):
         pace.note(steps(0, step_s, running), 0.0)
         pace.note(steps(10, step_s, running), 0.0)
-    assert many.cost_s(0.0) == pytest.approx(few.cost_s(0.0))
+    assert many.cost_s == pytest.approx(few.cost_s)
 
 
 def test_a_step_that_does_not_end_counts_and_rest_does_not():
     pace = Pace()
     pace.note(steps(0, 0.1), 0.0)
     pace.note(steps(10, 0.1), 1.0)
-    pace.note(steps(10, 0.1), 3.0)
-    assert pace.cost_s(4.0) == pytest.approx(0.3)
+    pace.note(steps(10, 0.1), 4.0)
+    assert pace.cost_s == pytest.approx(0.3)
 
     pace.note(steps(20, 0.1, running=0), 4.0)
     pace.note(steps(20, 0.1, running=0), 9.0)
-    assert pace.cost_s(9.0) == pytest.approx(0.1 / 8)
+    assert pace.cost_s == pytest.approx(0.1 / 8)
     pace.note(steps(20, 0.1, running=1), 9.5)
-    assert pace.cost_s(9.6) == pytest.approx(0.1 / 9)
+    assert pace.cost_s == pytest.approx(0.1 / 9)
     pace.note(steps(21, 0.1, running=0), 10.0)
     pace.note(steps(21, 0.1, running=0), 30.0)  # a pause after which nothing is known
-    assert pace.cost_s(30.0) is None
+    assert pace.cost_s is None
+
+
+def test_when_a_gateway_was_heard_last_says_nothing_of_its_steps():
+    early, late = Pace(), Pace()
+    for pace, phase_s in ((early, 0.0), (late, 0.24)):
+        for number in range(3):
+            pace.note(steps(10 * number, 0.02), 0.25 * number + phase_s)
+    assert early.cost_s == late.cost_s == pytest.approx(0.002)
 
 
 def test_another_process_under_the_name_begins_anew():
@@ -116,7 +126,7 @@ def test_another_process_under_the_name_begins_anew():
     pace.note(steps(100, 0.1), 0.0)
     pace.note(steps(110, 0.1), 1.0)
     pace.note(steps(3, 0.1), 2.0)
-    assert pace.cost_s(2.0) is None
+    assert pace.cost_s is None
 
 
 def test_paces_are_told_by_the_usual_one_and_never_too_far_from_it():
@@ -158,6 +168,13 @@ def test_what_is_delivered_is_no_longer_ahead():
     assert mine.tokens_ahead == 64  # it goes on for longer than was expected
     mine.deliver(token(251, 739))
     assert mine.tokens_ahead == 10  # it may not
+
+
+def test_sequences_that_have_ended_are_not_ahead_and_take_no_room():
+    mine = seat(num_sequences=3)
+    for index in (0, 2):
+        mine.deliver(replace(token(0, 5, index), finish=FinishReason.STOP))
+    assert (mine.num_running, mine.tokens_ahead) == (1, 256)
 
 
 def test_what_a_request_comes_with_is_computed_again_and_is_not_expected_again():

@@ -239,6 +239,22 @@ async def test_gateways_that_are_lost_together_are_not_blamed_on_a_request() -> 
     assert not c.submitted  # it fell silent with them, which was known a moment later
 
 
+async def test_a_gateway_that_comes_and_goes_puts_no_retry_off() -> None:
+    pool = FakePool("a")
+    pool.options = FrontDoorOptions(gateway_retry_s=0.3)
+    flight = take_off(make_request(max_tokens=50), pool)
+    (a,) = pool.sessions
+    task = await fly(flight, lambda: flight.refused(DrainingError("it leaves")))
+    async with asyncio.timeout(10):
+        while len(a.submitted) < 3:  # each retry is later than the one before
+            if len(a.submitted) > 1 and flight._session is not None:
+                flight.refused(DrainingError("it leaves"))
+            for look in list(pool.listeners):
+                look()
+            await asyncio.sleep(0.005)
+    task.cancel()
+
+
 async def test_a_gateway_that_moves_a_request_and_is_gone_when_no_other_one_is_there() -> None:
     pool = FakePool("a")
     flight = take_off(make_request(max_tokens=50), pool)
