@@ -74,11 +74,14 @@ class Trap:
         )
 
     @contextlib.contextmanager
-    def armed(self, point: str, pid: int) -> Iterator[None]:
-        """Have a process die at its next time at a point, at the latest when this ends."""
+    def armed(self, point: str, pid: int, *, least_start: int = 0) -> Iterator[None]:
+        """Have a process die at its next time at a point; when this ends it is safe again.
+
+        At `mid-snapshot` only with a part that begins there or behind: 1 leaves out whole ones.
+        """
         for left in self._directory.iterdir():
             left.unlink(missing_ok=True)
-        _write(self._directory / _ARMED, {"point": point, "pid": pid})
+        _write(self._directory / _ARMED, {"point": point, "pid": pid, "least_start": least_start})
         try:
             yield
         finally:
@@ -142,7 +145,7 @@ def _change_snapshot_lines(module: Any) -> None:
             write(self, message, *payloads)
             return
         head = message.part.head
-        if order["pid"] != os.getpid():
+        if order["pid"] != os.getpid() or head.start < order.get("least_start", 0):
             write(self, message, *payloads)
             _mark_of(head).touch()
             return
