@@ -38,7 +38,6 @@ from workers.clock import Clock, SystemClock
 
 MET_S = 60.0  # in which a process that is to die at a point has come there
 BUSY_S = 60.0  # in which a gateway has work
-MOST_EXPLAINED = 2e-3  # of the tokens; where all went well it was 1 in 50,000
 AGAIN_S = 15.0  # after which another worker is killed, where no row was parked
 PAUSE_S = (0.5, 2.0)
 PULSE_S = 0.5  # how often gateways say what they run
@@ -206,15 +205,13 @@ def judged(
     met_all = all(p["met"] == wanted[kind] and p["requests"] for kind, p in points.items())
     replay = report["replay"]
     replayed_all = replay["sequences"] == report["sequences"]
-    # A near-tie in a gate explains all that follows it: what is wrong for long shows by its number.
-    few_explained = replay["explained_mismatches"] <= MOST_EXPLAINED * report["tokens"]
     report |= {
         "points": points,
         "gateways": dict(sum((Counter(kill.counted) for kill in kills), Counter())),
         "indices": indices_of(run.answers, kills),
         "whole_after_s": {kind: whole_after(kind, kills) for kind in points},
     }
-    report["passed"] &= met_all and replayed_all and few_explained
+    report["passed"] &= met_all and replayed_all
     return report
 
 
