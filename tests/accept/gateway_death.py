@@ -83,6 +83,7 @@ class Census:
     def __init__(self) -> None:
         self._of: dict[str, dict[str, int]] = {}
         self.by_drain: list[dict[str, int]] = []
+        self._before: Counter[str] | None = None  # the drain that is counted now
 
     def note(self, status: pb.ClusterStatus | None) -> None:
         for member in status.members if status else ():
@@ -98,10 +99,12 @@ class Census:
     def total(self) -> Counter[str]:
         return sum((Counter(stats) for stats in self._of.values()), Counter())
 
-    def drained(self, before: Counter[str]) -> None:
-        """Note what has been counted since, also of kills if there were any."""
-        after = self.total()
-        self.by_drain.append({name: after[name] - before[name] for name in COUNTED})
+    def drains(self) -> None:
+        """Begin to count for a drain; what was counted until then was of the one before."""
+        now, before = self.total(), self._before
+        if before is not None:
+            self.by_drain.append({name: now[name] - before[name] for name in COUNTED})
+        self._before = now
 
     def dear_drains(self, snapshot_tokens: int) -> list[int]:
         """Return the numbers of drains for which more was computed again than may be."""
@@ -142,13 +145,14 @@ async def harm(saboteur: Saboteur, options: argparse.Namespace, stub: Any, censu
                     pb.ScaleRequest(role=pb.ROLE_GATEWAY, count=options.gateways + 1), timeout=15
                 )
                 census.note(await saboteur.whole())
-                before = census.total()
+                census.drains()
                 await stub.Drain(pb.DrainRequest(member=name), timeout=15)
                 saboteur.must_end(pids_of(victim))
-                census.note(await saboteur.whole(without=(name,)))
-                census.drained(before)
+                await saboteur.whole(without=(name,))
     following.cancel()
+    await asyncio.sleep(METRICS_S)  # until the last counters are told
     census.note(await saboteur.status())
+    census.drains()
 
 
 def run_load(options: argparse.Namespace, endpoint: str) -> dict[str, Any]:
