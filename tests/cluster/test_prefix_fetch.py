@@ -45,7 +45,7 @@ def test_a_prompt_begins_with_what_the_busier_gateway_keeps_of_it() -> None:
         assert sum(fetched(running).values()) == 0
 
         # Now the gateway that keeps it has more to do than fetching costs.
-        busy = running.inference.Generate(ask(PROMPT[:8], max_tokens=2000), timeout=120)
+        busy = running.inference.Generate(ask([*PROMPT, 7], max_tokens=2000), timeout=120)
         next(busy)
         reading = threading.Thread(target=_read, args=(busy,))
         reading.start()

@@ -57,7 +57,7 @@ def test_status_names_every_member_with_pid_state_and_slots(cluster: Served) -> 
     assert {m["pid"] for m in status["members"]} <= pids
     workers = cluster.members("EXPERT_WORKER")
     num_copies = sum(m["slots_used"] for m in workers)  # some are on their way after a repair
-    assert 8 * 32 <= num_copies <= sum(m["slots_total"] for m in workers)
+    assert 8 * 32 <= num_copies <= sum(m["num_slots"] for m in workers)
 
 
 def test_health_is_serving(cluster: Served) -> None:
