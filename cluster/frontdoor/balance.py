@@ -7,9 +7,7 @@ from cluster.ownership.directory import weight_of
 from workers.placement import MemberId
 from workers.types import GatewayStats, PrefixPlace
 
-_FULL = (
-    0.95  # of the KV blocks: who comes then may wait for one, or have another one computed again
-)
+_FULL = 0.95  # of the KV blocks: who comes then may wait for one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,14 @@ from tests.cluster.harness_serve import Served, descendants, served, token_ids
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
+NUM_EXPERTS = 8 * 32  # of the demo model
+
+
 @pytest.fixture(scope="module")
 def cluster():
     with served("--tensor-parallel", "2", "--expert-workers", "3") as running:
+        # Two where this machine's memory allows: so it is until a worker is replaced.
+        eventually(lambda: copies_of(running) in {1, 2})
         yield running
 
 
@@ -27,6 +32,15 @@ def eventually(condition, deadline_s: float = 15.0) -> None:
     while not condition():
         assert time.perf_counter() < end
         time.sleep(0.05)
+
+
+def copies_of(cluster: Served) -> float:
+    """Return how many copies an expert has, on average."""
+    return sum(m["slots_used"] for m in cluster.members("EXPERT_WORKER")) / NUM_EXPERTS
+
+
+def num_slots(cluster: Served) -> int:
+    return sum(m["num_slots"] for m in cluster.members("EXPERT_WORKER"))
 
 
 def test_an_answer_streams_token_by_token_and_crosses_every_role(cluster: Served) -> None:
@@ -55,9 +69,7 @@ def test_status_names_every_member_with_pid_state_and_slots(cluster: Served) -> 
     assert status["coverage"]["complete"] is True
     pids = {p.pid for p in descendants(cluster.process.pid)}
     assert {m["pid"] for m in status["members"]} <= pids
-    workers = cluster.members("EXPERT_WORKER")
-    num_copies = sum(m["slots_used"] for m in workers)  # some are on their way after a repair
-    assert 8 * 32 <= num_copies <= sum(m["num_slots"] for m in workers)
+    assert 1 <= copies_of(cluster) <= num_slots(cluster) / NUM_EXPERTS  # repairs may leave more
 
 
 def test_health_is_serving(cluster: Served) -> None:
