@@ -29,7 +29,7 @@ from cluster.control.ports import Actuator, ProcessId, ProcessSpec
 from cluster.control.settings import digests, fixed_values
 from cluster.control.status import ClusterStatus
 from cluster.runtime.actors import RayRuntime
-from cluster.runtime.controller import was_restarted
+from cluster.runtime.controller import running_processes, was_restarted
 from cluster.runtime.names import CONTROLLER_NAME
 from cluster.runtime.nodes import node_addresses, node_name
 from cluster.telemetry import configure_logging
@@ -264,6 +264,7 @@ def _controller_of(charge: Charge, actuator: Actuator) -> Controller:
         ),
         actuator=actuator,
         resume=resume,
+        running=running_processes() if record is None else (),
     )
 
 

@@ -148,6 +148,7 @@ def _take_over(
     try:
         controller = find_controller(CONTROLLER_NAME)
         running = controller.call("charge", timeout_s=wanted.config.control.start_timeout_s)
+        is_stuck = bool(controller.call("status").failure)
     except UnavailableError:
         return _started(wanted, clock=clock, wait=wait), None
     assert isinstance(running, Charge)
@@ -160,7 +161,7 @@ def _take_over(
             f"{'; '.join(found.never) or 'the checkpoint is another one'}. "
             "Start another cluster, or `expertmesh down` this one first"
         )
-    if not changed:
+    if not changed and not is_stuck:
         return controller, found
     controller.end()
     return _started(wanted, clock=clock, wait=wait), found

@@ -13,11 +13,16 @@ from cluster.app import Charge, ControllerBody, ModelFacts, check_startable
 from cluster.config import ClusterConfig
 from cluster.control.status import ClusterStatus
 from cluster.demo.path import demo_model_path
-from cluster.runtime.controller import ControllerHandle, end_processes, start_controller
+from cluster.runtime.controller import (
+    ControllerHandle,
+    end_processes,
+    running_processes,
+    start_controller,
+)
 from cluster.runtime.names import CONTROLLER_NAME
 from cluster.runtime.session import ray_session
 from workers.clock import Clock
-from workers.errors import ConfigError, ExpertmeshError
+from workers.errors import ConfigError, ExpertmeshError, RefusedError
 from workers.model.checkpoint import Checkpoint
 from workers.model.config import ModelConfig
 from workers.model.memory import expert_bytes
@@ -94,6 +99,7 @@ def serving(
         progress: Called with the status while the members start.
 
     Raises:
+        RefusedError: Processes of a cluster run there already.
         ExpertmeshError: The cluster did not come up; says which member failed and why.
     """
     model = model_facts(config)
@@ -110,6 +116,7 @@ def serving(
             ray_address, logs_to_console=config.telemetry.logs_to_console, num_gpus=num_gpus
         ) as session,
     ):
+        _check_alone()  # what ends with this one must have begun with it
         host = "" if ray_address else _LOOPBACK
         charge = Charge(config=config, model=model, journal=journal, host=host)
         controller = start_controller(
@@ -163,6 +170,14 @@ def stop(controller: ControllerHandle, config: ClusterConfig) -> int:
     with contextlib.suppress(ExpertmeshError):  # it has ended: nothing is left to stop
         controller.call("stop", drain_s, timeout_s=drain_s + _STOP_MARGIN_S)
     return end_processes()
+
+
+def _check_alone() -> None:
+    if running := running_processes():
+        raise RefusedError(
+            f"{len(running)} processes of a cluster run on this Ray cluster already, such as "
+            f"{running[0]}: `expertmesh apply` changes that cluster, `expertmesh down` ends it"
+        )
 
 
 def _check_listen(config: ClusterConfig) -> None:

@@ -69,7 +69,8 @@ class Controller:
     """Keeps the wanted members alive, places experts on them and publishes Views.
 
     With `resume` it goes on where the journal ends: members that an earlier controller started are
-    taken over, and as many are wanted as were then, unless more or fewer are desired since.
+    taken over, and as many are wanted as were then, unless more or fewer are desired since. Where
+    the journal tells nothing and yet something is `running`, it does nothing and says so.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Controller:
         options: ControllerOptions,
         actuator: Actuator | None = None,
         resume: bool = False,
+        running: Collection[str] = (),
     ) -> None:
         self._desired = desired
         self._wanted = dict(desired.members)
@@ -106,7 +108,8 @@ class Controller:
         self._trouble = ""  # why nothing can be decided just now
         self._outgoing: list[tuple[ProcessId, Callable[[], None]]] = []  # done once journalled
         term = journal.claim_term()  # first: what an earlier controller writes after this is void
-        record, self._refusal = usable(journal.latest(), desired, model) if resume else (None, "")
+        left = journal.latest() if resume else None
+        record, self._refusal = usable(left, desired, model, running)
         self._book = ReplicaBook(record.view.placement if record else model)
         self._fingerprints = Fingerprints()
         self._distributor = Distributor(self._book, model, desired, options, clock.now_s())

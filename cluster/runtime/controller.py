@@ -20,6 +20,7 @@ from workers.errors import ExpertmeshError, RefusedError, UnavailableError
 
 _LEAST_WAIT_S = 0.1
 _ASK_AGAIN_S = 0.2
+_ENDING_S = 3.0  # for which an actor that was killed may still be listed
 
 
 class ControllerHandle:
@@ -107,6 +108,23 @@ def start_controller(
 def was_restarted() -> bool:
     """Whether this actor's process took the place of one that died."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def running_processes(clock: Clock | None = None) -> list[str]:
+    """Return the names of what runs of a cluster here, but for the controller.
+
+    What is just being ended is waited for.
+    """
+    clock = clock or SystemClock()
+    deadline_s = clock.now_s() + _ENDING_S
+    while (found := _member_names()) and clock.now_s() < deadline_s:
+        time.sleep(_ASK_AGAIN_S)
+    return found
+
+
+def _member_names() -> list[str]:
+    names = [name for name in ray.util.list_named_actors() if name.startswith(PREFIX)]
+    return [name.removeprefix(PREFIX) for name in names if name != CONTROLLER_NAME]
 
 
 def end_processes() -> int:

@@ -10,7 +10,9 @@ import psutil
 import pytest
 
 from cluster.chaos.run import ChaosOptions
+from cluster.pb.expertmesh.v1 import cluster_pb2
 from cluster.pb.expertmesh.v1 import inference_pb2 as pb
+from cluster.pb.expertmesh.v1.cluster_pb2_grpc import ClusterServiceStub
 from cluster.pb.expertmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.accept.rollout import run_rollouts
 from tests.cluster.harness_apply import Site, site
@@ -38,6 +40,14 @@ def answer(cluster: Site) -> list[int]:
     with grpc.insecure_channel(cluster.endpoint) as channel:
         responses = InferenceServiceStub(channel).Generate(request, timeout=60)
         return [token for response in responses for token in response.token_ids]
+
+
+def controller_pid(cluster: Site) -> int:
+    with grpc.insecure_channel(cluster.endpoint) as channel:
+        request = cluster_pb2.GetStatusRequest()
+        status = ClusterServiceStub(channel).GetStatus(request, timeout=30).status
+    (member,) = (m for m in status.view.members if m.role == cluster_pb2.ROLE_CONTROLLER)
+    return member.pid
 
 
 def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -> None:
@@ -82,6 +92,27 @@ def test_a_cluster_is_applied_changed_and_replaced_under_load_and_taken_down() -
         assert cluster.down().stdout == "ended\n"
         assert not psutil.wait_procs(processes, timeout=30)[1]
         assert cluster.down().stdout == "nothing ran\n"
+
+
+def test_a_cluster_whose_journal_is_lost_serves_on_and_is_not_started_twice() -> None:
+    with site(**{"experts.workers": 1}) as cluster:
+        assert cluster.apply().returncode == 0
+        before, tokens = pids(cluster), answer(cluster)
+        aside = cluster.journal.with_name("aside")
+        cluster.journal.rename(aside)
+        psutil.Process(controller_pid(cluster)).kill()
+
+        refused = cluster.apply()
+        assert refused.returncode == 1
+        assert "the journal is empty, yet 3 processes of a cluster run here" in refused.stderr
+        assert answer(cluster) == tokens
+
+        for path in aside.iterdir():
+            path.rename(cluster.journal / path.name)
+        assert cluster.apply().stdout == f"ready {cluster.endpoint}\n"
+        assert pids(cluster) == before
+        assert answer(cluster) == tokens
+        assert cluster.down().stdout == "ended\n"
 
 
 def test_workers_have_the_slots_of_their_nodes_pools() -> None:

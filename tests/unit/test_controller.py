@@ -30,7 +30,7 @@ class Bench:
     def __init__(
         self, workers=3, gateways=1, ranks=2, floor=1, journal=None, standby=0, warm=0, slots=16,
         after=None, settings="", rebalance=None, options=None, actuator=None,
-        fixed=None, model=None, cells=1, max_workers=128,
+        fixed=None, model=None, cells=1, max_workers=128, running=(),
     ) -> None:  # fmt: skip
         self.actuator = actuator
         self.runtime = after.runtime if after else FakeRuntime()
@@ -65,6 +65,7 @@ class Bench:
             options=options or ControllerOptions(rebalance=rebalance or RebalanceOptions()),
             actuator=actuator,
             resume=after is not None,
+            running=running,
         )
 
     def ticks(self, count: int = 10) -> None:
@@ -773,6 +774,16 @@ def test_a_journal_of_another_model_is_not_gone_on_from() -> None:
     other.ticks()
     assert other.controller.status().ready
     assert other.view.placement.weights_version == "another"
+
+
+def test_a_controller_without_a_journal_begins_nothing_beside_what_runs() -> None:
+    bench = Bench(running=["gateway-0.1000001", "expert-0.1000001"])
+    bench.ticks()
+
+    assert not bench.runtime.calls
+    assert not bench.journal.views
+    failure = bench.controller.status().failure
+    assert "2 processes of a cluster run here: expert-0.1000001, gateway-0.1000001" in failure
 
 
 @pytest.mark.parametrize(
