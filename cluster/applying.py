@@ -148,7 +148,7 @@ def _take_over(
     try:
         controller = find_controller(CONTROLLER_NAME)
         running = controller.call("charge", timeout_s=wanted.config.control.start_timeout_s)
-        is_stuck = bool(controller.call("status").failure)
+        refuses = getattr(controller.call("status"), "refuses", False)  # older ones do not tell
     except UnavailableError:
         return _started(wanted, clock=clock, wait=wait), None
     assert isinstance(running, Charge)
@@ -161,7 +161,7 @@ def _take_over(
             f"{'; '.join(found.never) or 'the checkpoint is another one'}. "
             "Start another cluster, or `expertmesh down` this one first"
         )
-    if not changed and not is_stuck:
+    if not changed and not refuses:
         return controller, found
     controller.end()
     return _started(wanted, clock=clock, wait=wait), found

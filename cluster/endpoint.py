@@ -24,6 +24,7 @@ from workers.types import Request, SnapshotPlace, TokenEvent
 _log = structlog.get_logger()
 
 _LAST_WORD_S = 0.2  # for what front doors are told last
+_EVENTS_BYTES = 2**20  # of events in one message, and one event more
 
 _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -418,9 +419,19 @@ class _Session:
             return self._reports.popleft()
         if not self._events:
             return None
-        events, self._events = self._events, []
-        messages = [wire.event_message(event) for event in events]
-        return gateway_pb2.SessionResponse(events=gateway_pb2.TokenEvents(events=messages))
+        return gateway_pb2.SessionResponse(events=self._some_events())
+
+    def _some_events(self) -> gateway_pb2.TokenEvents:
+        """Take the events that come next off the list, as many as a message should hold."""
+        messages: list[gateway_pb2.TokenEvent] = []
+        num_bytes = 0
+        for event in self._events:
+            if num_bytes >= _EVENTS_BYTES:
+                break
+            messages.append(wire.event_message(event))
+            num_bytes += messages[-1].ByteSize()
+        del self._events[: len(messages)]
+        return gateway_pb2.TokenEvents(events=messages)
 
     def prefixes(self, kept: Mapping[int, int]) -> None:
         """Tell what changed of the prefixes that the gateway keeps."""

@@ -106,6 +106,7 @@ class Controller:
         self._superseded = False
         self._rolling = False
         self._trouble = ""  # why nothing can be decided just now
+        self._heard_term = 0  # the highest that members know of
         self._outgoing: list[tuple[ProcessId, Callable[[], None]]] = []  # done once journalled
         term = journal.claim_term()  # first: what an earlier controller writes after this is void
         left = journal.latest() if resume else None
@@ -144,6 +145,7 @@ class Controller:
             return False
         for event in self._runtime.poll():
             self._hear(event)
+        self._rise_above(self._heard_term)
         if not self._stopping and not self._trouble:  # else it is long ago that anybody was heard
             self._roll()
             self._scale_by_load()
@@ -159,6 +161,7 @@ class Controller:
         Raises RefusedError when so many could not serve every expert, or are too many, and
         UnavailableError when it could not be journalled.
         """
+        self._check_not_refusing()
         self._check_count(role, count)
         self._check_bounds(role, count)
         before = self._wanted[role]
@@ -172,6 +175,7 @@ class Controller:
 
         Raises NotFoundError for a name that nobody has, and what `scale` does.
         """
+        self._check_not_refusing()
         named = [x for x in self._lives.values() if name in {x.member.id.name, str(x.member.id)}]
         for life in named:
             if not life.leaving:
@@ -190,6 +194,7 @@ class Controller:
 
     def rollout(self) -> int:
         """Begin to replace, one by one, the members with outdated settings; returns how many."""
+        self._check_not_refusing()
         count = len(outdated(self._lives.values(), self._desired.settings))
         self._rolling = count > 0
         _log.info("rollout", outdated=count)
@@ -232,6 +237,7 @@ class Controller:
             ready=not reasons,
             reasons=reasons,
             failure=self._failure(),
+            refuses=bool(self._refusal),
             pools=tuple(self._pool(role) for role in self._wanted),
             rebalancing_s=self._distributor.lacking_s(now_s),
             replicas_loading=self._book.num_loading,
@@ -299,7 +305,7 @@ class Controller:
         if pulse.failure:
             self._end(life, f"{process}: {pulse.failure}")
         elif pulse.order[0] > self._view.term:
-            self._rise_above(pulse.order[0])
+            self._heard_term = max(self._heard_term, pulse.order[0])
         elif pulse.order < self._view.order:
             self._behind_s.setdefault(process, self._clock.now_s())
             self._call(process, "adopt", self._view)  # it missed one
@@ -318,8 +324,8 @@ class Controller:
             self._distributor.hold_off(life.member.id, self._clock.now_s())
 
     def _rise_above(self, term: int) -> None:
-        """Members have heard of a higher term that the journal does not know: it was lost."""
-        if not self._still_leads():
+        """Go beyond a term that members have heard of: the journal that knew it was lost."""
+        if term <= self._view.term or not self._still_leads():
             return
         _log.error("members know a higher term than the journal", term=term)
         self._view = replace(self._view, term=self._journal.claim_term(above=term))
@@ -335,6 +341,7 @@ class Controller:
         self._outgoing = [entry for entry in self._outgoing if entry[0] not in life.processes]
         del self._lives[life.member.id]
         self._book.forget(life.member.id)
+        self._fingerprints.forget(life.member.id)
         self._step_watches.pop(life.member.id, None)
         self._distributor.forget(life.member.id)
         for process in life.processes:
@@ -608,6 +615,11 @@ class Controller:
         outgoing, self._outgoing = self._outgoing, []
         for _, act in outgoing:
             act()
+
+    def _check_not_refusing(self) -> None:
+        """Raise RefusedError where nothing may be decided: the journal stays as it was found."""
+        if self._refusal:
+            raise RefusedError(self._refusal)
 
     def _commit(self) -> None:
         """Journal what an operator has asked for; raises UnavailableError where that fails."""

@@ -20,7 +20,7 @@ def usable(
     """Return what an earlier controller left, unless that was another cluster.
 
     Then, when members of that one may still run, the reason why nothing may be done. So too when
-    nothing was left and yet processes are `running`: they would be started a second time.
+    no members are known and yet processes are `running`: they would be started a second time.
     """
     if record is None:
         return None, _refusal_of(running)
@@ -32,9 +32,10 @@ def usable(
     if not record.view.placement.is_like(model):
         differing.append("the checkpoint was another one")
     if not differing:
-        return record, ""
+        is_lost = not record.view.members and bool(running)
+        return (None, _refusal_of(running)) if is_lost else (record, "")
     if not record.view.members:
-        return None, ""
+        return None, _refusal_of(running)
     return None, (
         f"the journal is that of a cluster which cannot take this on: {'; '.join(differing)}. "
         "Apply its own configuration again, then `expertmesh down`; if nothing of it runs any "
@@ -49,7 +50,7 @@ def _refusal_of(running: Collection[str]) -> str:
     more = ", ..." if len(running) > _MOST_NAMED else ""
     named = ", ".join(sorted(running)[:_MOST_NAMED]) + more
     return (
-        f"the journal is empty, yet {len(running)} processes of a cluster run here: {named}. "
-        "They go on to serve, and are not started again beside themselves: give control.journal "
+        f"the journal knows no member, yet {len(running)} processes of a cluster run here: "
+        f"{named}. They go on to serve, and are not started again beside themselves: give control.journal "
         "its contents back and apply again, or `expertmesh down` ends them"
     )

@@ -25,6 +25,10 @@ class Fingerprints:
                 return f"{expert} computes something else than its replica on {first} did"
         return ""
 
+    def forget(self, worker: MemberId) -> None:
+        """Drop what a worker that has left said: it may be why others seemed strange."""
+        self._of = {e: said for e, said in self._of.items() if said[0] != worker}
+
 
 class ReplicaBook:
     """Counts a replica from the moment its worker has said that it is loaded and verified.

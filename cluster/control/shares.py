@@ -33,7 +33,12 @@ class ShareWindow:
         self.latest = Shares()
 
     def note(self, stats: object, now_s: float) -> None:
-        """Take a member's latest word; anything but statistics is not looked at."""
+        """Take a member's latest word; anything but statistics is not looked at.
+
+        Those of a gateway come from its first rank alone.
+        """
+        if not isinstance(stats, WorkerStats | GatewayStats):
+            return
         before_s, self._seen_s = self._seen_s, now_s
         passed_s = now_s - before_s if before_s is not None else 0.0
         keep = 0.5 ** (passed_s / self._half_life_s)
@@ -59,8 +64,6 @@ class ShareWindow:
                         waiting=keep * self.latest.waiting + (1 - keep) * waiting,
                         step_s=keep * self.latest.step_s + (1 - keep) * mean_s,
                     )
-            case _:
-                return
 
 
 def _share(part_s: float, whole_s: float) -> float:

@@ -50,6 +50,8 @@ class PoolStatus:
 class ClusterStatus:
     """The cluster at one moment. `ready` says whether a request would be served now.
 
+    `refuses` says that the controller decides nothing, which `failure` explains, until another one
+    takes its place.
     `rebalancing_s` is for how long some expert has lacked a wanted copy; 0 while none does.
     `replicas_moving` are still to be loaded for the sake of balance.
     `scales` are the numbers of members that follow load, `scaled` their latest changes, each with
@@ -74,6 +76,7 @@ class ClusterStatus:
     rolling: bool = False
     scales: tuple[PoolScale, ...] = ()
     scaled: tuple[tuple[float, Scaled], ...] = ()
+    refuses: bool = False
 
 
 class StepWatch:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 from cluster.frontdoor.metrics import FrontDoorMetrics
 from cluster.frontdoor.options import FrontDoorOptions
@@ -18,6 +19,7 @@ from workers.types import Request
 _MAX_ID_LENGTH = 128
 _MAX_WINDOW_S = 3600.0
 _MAX_LIST_LENGTH = 1024
+_MAX_PROMPT_LOGPROBS = 1_000_000  # about 12 MB, of the 16 MiB that a message may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ def _sampling_violations(
         ("min_p", _Range(0, 1)),
         ("presence_penalty", _Range(-2, 2)),
         ("frequency_penalty", _Range(-2, 2)),
-        ("repetition_penalty", _Range(0, 10, low_is_allowed=False)),
+        ("repetition_penalty", _Range(0.01, 10)),  # less would make a logit infinite
     ):
         yield from bounds.check(f"sampling.{field}", getattr(sampling, field))
     yield from _Range(1, options.max_sequences).check(
@@ -91,10 +93,17 @@ def _sampling_violations(
     if len(sampling.logit_bias) > _MAX_LIST_LENGTH:
         yield FieldViolation("sampling.logit_bias", f"must have at most {_MAX_LIST_LENGTH} entries")
         return
-    for token_id, bias in sampling.logit_bias:
-        field = f"sampling.logit_bias[{token_id}]"
-        yield from _token_violations(field, token_id, vocab_size)
-        yield from _Range(-100, 100).check(field, bias)
+    yield from _first(
+        violation
+        for token_id, bias in sampling.logit_bias
+        for violation in _bias_violations(token_id, bias, vocab_size)
+    )
+
+
+def _bias_violations(token_id: int, bias: float, vocab_size: int) -> Iterator[FieldViolation]:
+    field = f"sampling.logit_bias[{token_id}]"
+    yield from _token_violations(field, token_id, vocab_size)
+    yield from _Range(-100, 100).check(field, bias)
 
 
 def _stopping_violations(
@@ -112,7 +121,7 @@ def _stopping_violations(
         yield FieldViolation(
             "stopping.stop_strings", f"must have at most {options.max_stop_strings} entries"
         )
-    for i, stop in enumerate(job.stop_strings):
+    for i, stop in enumerate(job.stop_strings[: options.max_stop_strings]):
         if not 1 <= len(stop) <= options.max_stop_string_length:
             yield FieldViolation(
                 f"stopping.stop_strings[{i}]",
@@ -122,8 +131,11 @@ def _stopping_violations(
         yield FieldViolation(
             "stopping.stop_token_ids", f"must have at most {_MAX_LIST_LENGTH} entries"
         )
-    for i, token_id in enumerate(stopping.stop_token_ids[:_MAX_LIST_LENGTH]):
-        yield from _token_violations(f"stopping.stop_token_ids[{i}]", token_id, vocab_size)
+    yield from _first(
+        violation
+        for i, token_id in enumerate(stopping.stop_token_ids)
+        for violation in _token_violations(f"stopping.stop_token_ids[{i}]", token_id, vocab_size)
+    )
 
 
 def _output_violations(job: Job, options: FrontDoorOptions) -> Iterator[FieldViolation]:
@@ -131,6 +143,14 @@ def _output_violations(job: Job, options: FrontDoorOptions) -> Iterator[FieldVio
         wanted = getattr(job.request.output, field)
         if wanted is not None:
             yield from _Range(0, options.max_logprobs).check(f"output.{field}", wanted)
+    wanted = job.request.output.prompt_logprobs
+    num_tokens = len(job.request.prompt_token_ids)
+    if wanted is not None and num_tokens * (wanted + 1) > _MAX_PROMPT_LOGPROBS:
+        yield FieldViolation(
+            "output.prompt_logprobs",
+            f"{num_tokens} prompt tokens with {wanted} alternatives each do not fit into one "
+            f"message: together at most {_MAX_PROMPT_LOGPROBS} log-probabilities",
+        )
 
 
 def _prompt_violations(job: Job, context_tokens: int, vocab_size: int) -> Iterator[FieldViolation]:
@@ -152,10 +172,11 @@ def _prompt_violations(job: Job, context_tokens: int, vocab_size: int) -> Iterat
             f"{num_tokens} prompt tokens and max_tokens {request.stopping.max_tokens} exceed the "
             f"context of {context_tokens} tokens; at most {context_tokens - num_tokens} are left",
         )
-    for i, token_id in enumerate(request.prompt_token_ids):
-        if token_id >= vocab_size:
-            yield from _token_violations(f"{job.prompt_field}[{i}]", token_id, vocab_size)
-            return  # the first one says enough
+    yield from _first(
+        violation
+        for i, token_id in enumerate(request.prompt_token_ids)
+        for violation in _token_violations(f"{job.prompt_field}[{i}]", token_id, vocab_size)
+    )
 
 
 def _resume_violations(job: Job, vocab_size: int) -> Iterator[FieldViolation]:
@@ -167,8 +188,17 @@ def _resume_violations(job: Job, vocab_size: int) -> Iterator[FieldViolation]:
                 f"holds {len(tokens)} tokens of a sequence, more than max_tokens "
                 f"({job.request.stopping.max_tokens})",
             )
-        for token_id in tokens:
-            yield from _token_violations("resume_from", token_id, vocab_size)
+    yield from _first(
+        violation
+        for tokens in job.request.emitted
+        for token_id in tokens
+        for violation in _token_violations("resume_from", token_id, vocab_size)
+    )
+
+
+def _first(violations: Iterator[FieldViolation]) -> Iterator[FieldViolation]:
+    """Yield what is wrong with the first of many entries: an error's text must fit a header."""
+    yield from islice(violations, 1)
 
 
 def _token_violations(field: str, token_id: int, vocab_size: int) -> Iterator[FieldViolation]:

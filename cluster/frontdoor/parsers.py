@@ -24,6 +24,7 @@ _CALL, _END_CALL = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
 _BROKEN_OFF = re.compile(r"</function>\s*</tool_call>")
+_LONGEST_AWAITED = len(_END_PARAMETER) - 1  # of a tag that is not whole yet
 _NAME = re.compile(r"[^<>\n]*")
 _NEWLINES = "\n\r"
 _JSON_TYPES: Mapping[type, frozenset[str]] = {
@@ -76,6 +77,8 @@ class OutputParser:
         self._text = ""  # not yet told apart
         self._at_boundary = in_reasoning  # newlines that come next belong to the format
         self._newlines = ""  # held back: they may precede a marker
+        self._awaited: tuple[str, ...] = ()  # without one of these in what is new, a call is open
+        self._searched = 0  # how far the text has been searched for them
         self.num_calls = 0
 
     def push(self, text: str) -> Delta:
@@ -140,9 +143,16 @@ class OutputParser:
         return True
 
     def _read_call(self, delta: Delta) -> bool:
+        if self._awaited and not any(
+            self._text.find(t, self._searched) >= 0 for t in self._awaited
+        ):
+            self._searched = max(self._searched, len(self._text) - _LONGEST_AWAITED)
+            return False
+        self._awaited = ()
         try:
             call = _CallReader(self._text).read()
-        except _IncompleteError:
+        except _IncompleteError as error:
+            self._awaited, self._searched = error.awaited, len(self._text) - _LONGEST_AWAITED
             return False
         except _MalformedError:  # its marker is content, and what follows is looked at anew
             marker = _CALL if self._text.startswith(_CALL) else _FUNCTION
@@ -187,7 +197,11 @@ class _MalformedError(Exception):
 
 
 class _IncompleteError(Exception):
-    """The text may become a call."""
+    """The text may become a call; not before one of the awaited tags comes, if any is named."""
+
+    def __init__(self, *awaited: str) -> None:
+        super().__init__()
+        self.awaited = awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +252,13 @@ class _CallReader:
     def _value(self) -> str:
         """Read up to a closing tag that another parameter or the function's end follows."""
         start = end = self._at
+        broken = _BROKEN_OFF.search(self._text, start)
         while True:
             end = self._text.find(_END_PARAMETER, end)
-            if _BROKEN_OFF.search(self._text, start, end if end >= 0 else len(self._text)):
+            if broken and (end < 0 or broken.end() <= end):
                 raise _MalformedError
-            if end < 0:
-                raise _IncompleteError
+            if end < 0:  # a long value is not read again with every token
+                raise _IncompleteError(_END_PARAMETER, _END_CALL)
             self._at = end + len(_END_PARAMETER)
             after = self._text[self._at :].lstrip()
             if after.startswith((_PARAMETER, _END_FUNCTION)):

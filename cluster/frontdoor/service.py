@@ -172,8 +172,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                             f"{self._model.vocab_size} tokens",
                         )
                     )
-            text = self._model.tokenizer.decode(
-                request.token_ids, skip_special_tokens=request.skip_special_tokens
+            text = await asyncio.to_thread(
+                self._model.tokenizer.decode,
+                request.token_ids,
+                skip_special_tokens=request.skip_special_tokens,
             )
             return inference_pb2.DetokenizeResponse(text=text)
         raise AssertionError  # the guard has raised
@@ -245,6 +247,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             request_id=key,
             seed=secrets.randbits(63),
             default_max_tokens=self._parts.options.default_max_tokens,
+            max_sequences=self._parts.options.max_sequences,
             cache_salt=tenant,
         )
         check(

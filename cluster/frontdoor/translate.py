@@ -90,6 +90,7 @@ def job_of(
     request_id: str,
     seed: int,
     default_max_tokens: int,
+    max_sequences: int,
     cache_salt: str = "",
 ) -> Job:
     """Return a request in full, completed from the model's defaults; its rules are not checked.
@@ -118,7 +119,7 @@ def job_of(
             ),
             output=wire.output_of(message.output),
             num_sequences=num_sequences,
-            emitted=_emitted_of(message.resume_from, num_sequences),
+            emitted=_emitted_of(message.resume_from, min(num_sequences, max_sequences)),
             resume_window_s=message.resume_window_s,
             cache_salt=cache_salt,
         ),

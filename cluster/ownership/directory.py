@@ -18,6 +18,7 @@ GRANT = 1 << 20  # submissions that one call may count
 MAX_DEATHS = 3  # of gateways, with the same request
 HARMLESS_TOKENS = 8  # whoever has come so far since one death is not blamed for it after another
 NUM_DIRECTORIES = 2  # the first grants, the second knows when the first is lost
+_SPENT_S = 10.0  # in which a token of a call that has ended may still arrive
 _MEMORY_S = 600.0  # for how long it is known that gateways died with a request
 
 
@@ -87,6 +88,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._spent: dict[str, tuple[int, float]] = {}  # numbers that were just given up, until
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,7 +106,8 @@ class Directory:
             if not is_own:
                 return Grant(0, previous)
         known = previous or claim
-        number = grant_of(max(above, known.assignment)) + GRANT
+        spent, _ = self._spent.get(claim.request_id, (0, 0.0))
+        number = grant_of(max(above, known.assignment, spent)) + GRANT
         deadlier = max(claim, known, key=lambda asked: asked.deaths)
         granted = replace(
             claim,
@@ -160,11 +163,14 @@ class Directory:
         ]
         for request_id in over:
             del self._entries[request_id]
+        self._spent = {key: spent for key, spent in self._spent.items() if spent[1] > now_s}
 
     def _orphan(self, entry: _Entry, keep_s: float, now_s: float) -> None:
         if entry.claim.deaths:
             keep_s = max(keep_s, _MEMORY_S)
         if keep_s <= 0:
+            # Tokens under this number may be on their way still: nobody else may get it so soon.
+            self._spent[entry.claim.request_id] = entry.claim.assignment, now_s + _SPENT_S
             del self._entries[entry.claim.request_id]
         else:
             entry.until_s = now_s + keep_s

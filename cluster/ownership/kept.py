@@ -1,9 +1,11 @@
 """What was emitted of one request, kept for a client that has lost some of it. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from workers.types import Request, TokenEvent, TokenLogprob
+
+EVENT_TOKENS = 4096  # of one event: with 20 alternatives each about 1 MB
 
 
 class KeptRequest:
@@ -63,29 +65,37 @@ class KeptRequest:
         return not (wants_prompt and self._num_before[0] and not _emitted(request)[0])
 
     def since(self, request: Request) -> list[TokenEvent]:
-        """Return, as events of the request's assignment, all that its sender lacks."""
-        events = []
-        for index, has in enumerate(_emitted(request)):
-            tokens = tuple(self._tokens[index][len(has) :])
-            end = self._ends.get(index)
-            if not tokens and end is None:
-                continue
-            first = len(has) - self._num_before[index]
-            events.append(
-                TokenEvent(
-                    request_id=request.request_id,
-                    sequence_index=index,
-                    assignment=request.assignment,
-                    first_token_index=len(has),
-                    token_ids=tokens,
-                    logprobs=tuple(self._logprobs[index][max(first, 0) :]),
-                    prompt_logprobs=tuple(self._prompt_logprobs) if not has and not index else (),
-                    finish=end.finish if end else None,
-                    stop_token_id=end.stop_token_id if end else None,
-                    cached_tokens=self._cached_tokens[index],
-                )
+        """Return, as events of the request's assignment, all that its sender lacks.
+
+        No event is larger than a message may be, however much has come meanwhile.
+        """
+        return [
+            event
+            for index, has in enumerate(_emitted(request))
+            for event in self._events_of(request, index, len(has))
+        ]
+
+    def _events_of(self, request: Request, index: int, num_had: int) -> Iterator[TokenEvent]:
+        num_tokens, end = len(self._tokens[index]), self._ends.get(index)
+        for first in range(num_had, max(num_tokens, num_had + 1), EVENT_TOKENS):
+            behind = min(first + EVENT_TOKENS, num_tokens)
+            is_last = behind == num_tokens
+            if first == behind and end is None:
+                return
+            before = self._num_before[index]
+            ending = end if is_last else None
+            yield TokenEvent(
+                request_id=request.request_id,
+                sequence_index=index,
+                assignment=request.assignment,
+                first_token_index=first,
+                token_ids=tuple(self._tokens[index][first:behind]),
+                logprobs=tuple(self._logprobs[index][max(first - before, 0) : behind - before]),
+                prompt_logprobs=tuple(self._prompt_logprobs) if not first and not index else (),
+                finish=ending.finish if ending else None,
+                stop_token_id=ending.stop_token_id if ending else None,
+                cached_tokens=self._cached_tokens[index],
             )
-        return events
 
 
 def _emitted(request: Request) -> list[list[int]]:

@@ -55,7 +55,10 @@ REFUSED = [
     ("sampling.min_p", {"sampling": {"min_p": 1.1}}),
     ("sampling.presence_penalty", {"sampling": {"presence_penalty": 2.1}}),
     ("sampling.frequency_penalty", {"sampling": {"frequency_penalty": -2.1}}),
-    ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 0.0}}),
+    ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 1e-40}}),
+    ("sampling.logit_bias[100]", {"sampling": {"logit_bias": ((100, 1.0), (101, 101.0))}}),
+    ("stopping.stop_token_ids[1]", {"stopping": {"stop_token_ids": (1, 100, 101)}}),
+    ("resume_from", {"request": {"emitted": ((1, 100, 101), (102,))}}),
     ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": float("inf")}}),
     ("sampling.logit_bias[100]", {"sampling": {"logit_bias": ((100, 1.0),)}}),
     ("sampling.logit_bias[5]", {"sampling": {"logit_bias": ((5, 101.0),)}}),
@@ -116,6 +119,12 @@ def test_all_wrong_fields_are_named_at_once():
         check_job(job(sampling={"top_p": 2.0, "min_p": 2.0}, request={"prompt_token_ids": ()}))
     fields = [v.field for v in refusal.value.violations]
     assert fields == ["sampling.top_p", "sampling.min_p", "text"]
+
+
+def test_prompt_log_probabilities_must_fit_into_a_message():
+    many = job(request={"prompt_token_ids": (1,) * 50_000}, output={"prompt_logprobs": 20})
+    with pytest.raises(InvalidRequestError, match="50000 prompt tokens with 20 alternatives"):
+        check(many, FrontDoorOptions(), context_tokens=100_000, vocab_size=100)
 
 
 class Load(NoMetrics):

@@ -8,10 +8,11 @@ import pytest
 from cluster.control.controller import Controller
 from cluster.control.options import ControllerOptions, Desired, RebalanceOptions
 from cluster.control.ports import Opened, ProcessId, ProcessSpec, Pulse
+from cluster.control.replicas import Fingerprints
 from tests.fake_runtime import FakeClock, FakeRuntime, MemoryJournal
 from workers.dispatch.tally import LoadReport
 from workers.errors import NotFoundError, RefusedError
-from workers.placement import MemberState, Placement, Role
+from workers.placement import ExpertId, MemberId, MemberState, Placement, Role
 
 LAYERS, EXPERTS = 2, 6
 
@@ -784,6 +785,60 @@ def test_a_controller_without_a_journal_begins_nothing_beside_what_runs() -> Non
     assert not bench.journal.views
     failure = bench.controller.status().failure
     assert "2 processes of a cluster run here: expert-0.1000001, gateway-0.1000001" in failure
+
+
+def test_what_is_asked_of_a_controller_that_refuses_leaves_the_journal_as_it_was() -> None:
+    bench = Bench(running=["gateway-0.1000001"])
+    for ask in (
+        lambda: bench.controller.scale(Role.GATEWAY, 2),
+        lambda: bench.controller.drain("gateway-0"),
+        bench.controller.rollout,
+    ):
+        with pytest.raises(RefusedError, match="the journal knows no member"):
+            ask()
+    assert bench.controller.status().refuses
+    assert not bench.journal.views
+
+
+def test_a_record_without_members_is_no_leave_to_start_them_a_second_time() -> None:
+    bench = Bench()
+    bench.ticks()
+    bench.controller.stop()
+    bench.ticks(20)
+    for model in (None, Placement("another", LAYERS, EXPERTS)):
+        other = Bench(after=bench, model=model, running=["gateway-0.1000001"])
+        assert other.controller.status().refuses
+
+
+def test_no_death_is_missed_where_the_journal_fails_as_members_know_a_higher_term(
+    monkeypatch,
+) -> None:
+    bench = Bench(gateways=2)
+    bench.ticks()
+    dead, gateway = bench.runtime.named("expert_worker-0")[0], bench.runtime.named("gateway-0")[0]
+    bench.runtime.say(gateway, "pulse", Pulse(ready=True, order=(99, 1)))
+    bench.runtime.die(dead)
+
+    def fail(above: int) -> int:
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.journal, "claim_term", fail)
+        bench.ticks(1)
+        assert "the journal cannot be used" in "".join(bench.controller.status().reasons)
+    bench.ticks()
+
+    assert dead.member not in {member.id for member in bench.view.members}
+    assert bench.view.term > 99
+
+
+def test_what_a_worker_that_has_left_computed_is_held_against_nobody() -> None:
+    fingerprints, wrong, right = Fingerprints(), MemberId("w0", 1), MemberId("w1", 1)
+    expert = ExpertId(0, 0)
+    assert not fingerprints.compare(wrong, {expert: (1.0,)})
+    assert "than its replica on w0.1 did" in fingerprints.compare(right, {expert: (2.0,)})
+    fingerprints.forget(wrong)
+    assert not fingerprints.compare(right, {expert: (2.0,)})
 
 
 @pytest.mark.parametrize(

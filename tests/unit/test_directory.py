@@ -99,6 +99,18 @@ def test_a_request_whose_front_door_is_gone_is_known_for_its_window(window_s: fl
     assert not refused(directory)
 
 
+def test_a_number_that_was_just_given_up_is_not_given_to_the_next_call() -> None:
+    directory = Directory()
+    mine = granted(directory)
+    directory.release(mine, 10.0)
+    assert directory.find("r") is None
+    assert granted(directory).assignment > grant_of(mine.assignment) + GRANT
+
+    directory.front_door_gone("a", 11.0)
+    directory.tick(30.0)
+    assert granted(directory).assignment == mine.assignment
+
+
 def test_what_was_kept_for_its_window_is_forgotten() -> None:
     directory = Directory()
     mine = granted(directory, replace(A, resume_window_s=5.0))

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.frontdoor.silence import Silence
 from cluster.ownership.holdings import Holdings
-from cluster.ownership.kept import KeptRequest
+from cluster.ownership.kept import EVENT_TOKENS, KeptRequest
 from tests.fakes import FakeClock
 from workers.errors import IsolatedError, StaleAssignmentError
 from workers.types import (
@@ -63,6 +63,17 @@ def test_each_sequence_gets_what_it_lacks_and_its_end() -> None:
     assert (second.first_token_index, second.token_ids, second.finish) == (0, (8,), None)
     (end,) = kept.since(asked((5, 6, 7), (8,)))
     assert (end.token_ids, end.finish) == ((), FinishReason.LENGTH)
+
+
+def test_however_much_has_come_no_event_is_larger_than_a_message_may_be() -> None:
+    kept, many = KeptRequest(REQUEST), 2 * EVENT_TOKENS + 3
+    kept.take(event(0, *range(many), finish=FinishReason.LENGTH))
+
+    events = kept.since(asked((0,), ()))
+    assert [e.first_token_index for e in events] == [1, 1 + EVENT_TOKENS, 1 + 2 * EVENT_TOKENS]
+    assert [t for e in events for t in e.token_ids] == list(range(1, many))
+    assert all([p.token_id for p in e.logprobs] == list(e.token_ids) for e in events)
+    assert [e.finish for e in events] == [None, None, FinishReason.LENGTH]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,15 @@ def test_shares_are_of_the_time_that_passed() -> None:
     assert gateway.latest.waiting == pytest.approx(0.25)
 
 
+def test_ranks_that_tell_nothing_do_not_change_what_the_first_one_told() -> None:
+    window = ShareWindow(half_life_s=1.0)
+    window.note(GatewayStats(), 0.0)
+    window.note(None, 0.999)
+    window.note(GatewayStats(steps=10, step_s=1.0, dispatch_wait_s=0.8), 1.0)
+
+    assert window.latest.waiting == pytest.approx(0.4)
+
+
 def test_the_longest_wait_is_remembered_for_a_while() -> None:
     window = ShareWindow(half_life_s=1.0)
     window.note(WorkerStats(), 0.0)

@@ -115,3 +115,11 @@ def test_an_expert_that_moved_to_another_slot_stays_when_the_old_one_is_reused(t
     with leased(table) as slots_LF:
         assert slots_LF[0, 1] == 1
         assert slots_LF[1, 2] == 0
+
+
+def test_an_expert_is_held_where_it_was_loaded_last_and_nowhere_once_that_is_reused(table):
+    put(table, 0, A)
+    put(table, 1, A)
+    assert table.held() == {A: 1}
+    put(table, 1, B)
+    assert table.held() == {B: 1}

@@ -146,6 +146,17 @@ def test_what_has_ended_is_dropped_and_what_was_cancelled_is_kept_for_a_while() 
     assert store.num_bytes == 0
 
 
+def test_a_sequence_that_was_kept_elsewhere_for_a_while_is_kept_here_again() -> None:
+    clock = FakeClock()
+    store = make_store(clock=clock)
+    store.put(shard(0, 5))
+    store.release(("r", 0), 1, has_ended=False)
+    store.put(shard(0, 7))
+    clock.time_s = 500.0
+    store.sweep({"g0"})
+    assert positions(store) == [7, 5]
+
+
 def test_a_dead_owners_snapshots_are_kept_for_a_while() -> None:
     clock = FakeClock()
     store = make_store(clock=clock)

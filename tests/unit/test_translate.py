@@ -47,6 +47,7 @@ def job_of(message, model, num_prompt_tokens=4):
         request_id="r",
         seed=77,
         default_max_tokens=100,
+        max_sequences=16,
     )
 
 
@@ -182,6 +183,13 @@ def test_resume_points_are_sorted_by_sequence(model):
     job = job_of(message, model)
     assert job.request.emitted == ((), (), (5,))
     assert job.is_resumed
+
+
+def test_no_more_sequences_are_laid_out_than_a_request_may_have(model):
+    sampling = inference_pb2.Sampling(num_sequences=2**32 - 1)
+    point = inference_pb2.ResumePoint(token_ids=[5])
+    job = job_of(inference_pb2.GenerateRequest(sampling=sampling, resume_from=[point]), model)
+    assert (job.request.num_sequences, len(job.request.emitted)) == (2**32 - 1, 16)
 
 
 @pytest.mark.parametrize(

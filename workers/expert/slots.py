@@ -70,9 +70,16 @@ class SlotTable:
                 self._changed.notify_all()
 
     def held(self) -> Mapping[ExpertId, int]:
-        """Return the slot of every expert that is mapped."""
+        """Return the slot of every expert that is mapped.
+
+        One that was loaded a second time elsewhere is found there alone.
+        """
         with self._changed:
-            return {expert: slot for slot, expert in self._expert_of.items()}
+            return {
+                expert: slot
+                for slot, expert in self._expert_of.items()
+                if self._slots_LF[expert.layer, expert.expert] == slot
+            }
 
     def overwrite(
         self,

@@ -124,14 +124,24 @@ class CaptureBook:
         """The weights that caches are computed with."""
         return self._weights_version
 
-    def send_to(self, holder: Holder | None, weights_version: str) -> None:
-        """Hear who keeps the snapshots from now on; a new holder gets whole ones first."""
+    def send_to(self, holder: Holder | None, weights_version: str) -> tuple[Ended, ...]:
+        """Hear who keeps the snapshots from now on; a new holder gets whole ones first.
+
+        Returns what the holder before is to be told: it hears no more of these sequences.
+        """
         with self._lock:
             self._weights_version = weights_version
-            if holder != self._holder:
-                self._holder = holder
-                self._progress.clear()
-                self._num_under_way = 0
+            if holder == self._holder:
+                return ()
+            left = tuple(
+                Ended(*key, has_ended=False)
+                for key, progress in self._progress.items()
+                if progress.position or progress.under_way
+            )
+            self._holder = holder
+            self._progress.clear()
+            self._num_under_way = 0
+            return left
 
     def hurry(self) -> None:
         """Capture every sequence once more at once: this gateway is about to leave."""

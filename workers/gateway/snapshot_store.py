@@ -147,6 +147,8 @@ class SnapshotStore:
             now_s = self._clock.now_s()
             if chain is None:
                 chain = chains[stamp.assignment] = _Chain(shard.owner, now_s)
+            if not data.start:  # it is sent here anew, after it was sent elsewhere
+                chain.released_s = None
             before = chain.num_bytes
             verdict = chain.take(shard)
             chain.written_s = now_s

@@ -224,7 +224,11 @@ class GatewayWorker:
 
     def keep_with(self, holder: Holder | None, weights_version: str) -> None:
         """Hear which gateway keeps the snapshots from now on, if there is any."""
-        self._book.send_to(holder, weights_version)
+        former = self._book.holder
+        left = self._book.send_to(holder, weights_version)
+        if former is not None and self._keeping is not None:
+            for ended in left:  # kept for a while yet, since the new holder has nothing so far
+                self._keeping.release(ended, former)
 
     def stored(self, stamp: Stamp, holder: Holder, verdict: Verdict) -> None:
         """Hear what became of rank 0's shard of a snapshot, and with it of the snapshot."""

@@ -203,7 +203,8 @@ class _Table:
             self._shared_LW[second] = self._shared_LWW[second, home]
 
     def _note_shared(self, layers: NDArray[np.int64], chosen: NDArray[np.int64]) -> None:
-        others_LW = self._away_LW[layers] >= _NEVER / 2
-        self._shared_LWW[layers, chosen] += others_LW
-        self._shared_LWW[layers, :, chosen] += others_LW
+        row, other = np.nonzero(self._away_LW[layers] >= _NEVER / 2)
+        at, mine = layers[row], chosen[row]
+        self._shared_LWW[at, mine, other] += 1
+        self._shared_LWW[at, other, mine] += 1
         self._shared_LW[layers] += self._shared_LWW[layers, chosen]
