@@ -35,7 +35,7 @@ from cluster.runtime.nodes import node_addresses, node_name
 from cluster.telemetry import configure_logging
 from workers.clock import SystemClock
 from workers.dispatch.nccl_environment import NCCL_ENVIRONMENT
-from workers.errors import ConfigError
+from workers.errors import ConfigError, UnavailableError
 from workers.placement import Member, MemberId, MemberState, Placement, Role
 
 _TICK_S = 0.05
@@ -269,12 +269,12 @@ def _controller_of(charge: Charge, actuator: Actuator) -> Controller:
 
 
 def _once_there_is_a_journal(begin: Callable[[], Controller]) -> Controller:
-    """Try again until the journal can be used; members go on to serve meanwhile."""
+    """Try again until journal and Ray can be used; members go on to serve meanwhile."""
     while True:
         try:
             return begin()
-        except OSError:
-            structlog.get_logger("controller").exception("the journal cannot be used")
+        except (OSError, UnavailableError):
+            structlog.get_logger("controller").exception("the controller cannot begin yet")
             time.sleep(_JOURNAL_RETRY_S)
 
 

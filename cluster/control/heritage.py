@@ -51,6 +51,6 @@ def _refusal_of(running: Collection[str]) -> str:
     named = ", ".join(sorted(running)[:_MOST_NAMED]) + more
     return (
         f"the journal knows no member, yet {len(running)} processes of a cluster run here: "
-        f"{named}. They go on to serve, and are not started again beside themselves: give control.journal "
-        "its contents back and apply again, or `expertmesh down` ends them"
+        f"{named}. They go on to serve, and are not started again beside themselves: give "
+        "control.journal its contents back and apply again, or `expertmesh down` ends them"
     )

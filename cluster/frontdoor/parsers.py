@@ -143,12 +143,11 @@ class OutputParser:
         return True
 
     def _read_call(self, delta: Delta) -> bool:
-        if self._awaited and not any(
-            self._text.find(t, self._searched) >= 0 for t in self._awaited
-        ):
-            self._searched = max(self._searched, len(self._text) - _LONGEST_AWAITED)
-            return False
-        self._awaited = ()
+        if self._awaited:
+            if all(self._text.find(tag, self._searched) < 0 for tag in self._awaited):
+                self._searched = len(self._text) - _LONGEST_AWAITED
+                return False
+            self._awaited = ()
         try:
             call = _CallReader(self._text).read()
         except _IncompleteError as error:

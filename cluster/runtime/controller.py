@@ -113,7 +113,7 @@ def was_restarted() -> bool:
 def running_processes(clock: Clock | None = None) -> list[str]:
     """Return the names of what runs of a cluster here, but for the controller.
 
-    What is just being ended is waited for.
+    What is just being ended is waited for. Raises UnavailableError when Ray does not say.
     """
     clock = clock or SystemClock()
     deadline_s = clock.now_s() + _ENDING_S
@@ -123,7 +123,10 @@ def running_processes(clock: Clock | None = None) -> list[str]:
 
 
 def _member_names() -> list[str]:
-    names = [name for name in ray.util.list_named_actors() if name.startswith(PREFIX)]
+    try:
+        names = [name for name in ray.util.list_named_actors() if name.startswith(PREFIX)]
+    except (ray.exceptions.RaySystemError, ray.exceptions.RpcError) as error:
+        raise UnavailableError(f"Ray does not say what runs: {error}") from error
     return [name.removeprefix(PREFIX) for name in names if name != CONTROLLER_NAME]
 
 

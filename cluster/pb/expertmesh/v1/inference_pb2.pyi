@@ -180,7 +180,7 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """-2 to 2."""
     repetition_penalty: _builtins.float
-    """Above 0, up to 10; 1 is none."""
+    """0.01 to 10; 1 is none."""
     seed: _builtins.int
     """The same seed gives the same tokens, whatever else is served; drawn by the server when unset."""
     num_sequences: _builtins.int
@@ -301,7 +301,7 @@ class Output(_message.Message):
     logprobs: _builtins.int
     """Log-probabilities of the tokens, each with that many most likely alternatives, 0 to 20."""
     prompt_logprobs: _builtins.int
-    """The same for the tokens of the prompt."""
+    """The same for the tokens of the prompt; all of them together, with the alternatives, at most 1,000,000."""
     def __init__(
         self,
         *,
