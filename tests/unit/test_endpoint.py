@@ -65,16 +65,16 @@ class Door:
 class Site:
     """A gateway's endpoint, and a front door that speaks to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: FakeGateway | None = None) -> None:
         self.source = SlowSource()
-        self.gateway = FakeGateway(lambda request, index: (1, 2, 3), hold_after=1)
+        self.gateway = gateway or FakeGateway(lambda request, index: (1, 2, 3), hold_after=1)
         options = EndpointOptions(stats_interval_s=0.02)
         self.endpoint = GatewayEndpoint(self.gateway, "127.0.0.1:0", options, source=self.source)
 
 
 @contextlib.asynccontextmanager
-async def site() -> AsyncIterator[tuple[Site, Door, Door]]:
-    here = Site()
+async def site(gateway: FakeGateway | None = None) -> AsyncIterator[tuple[Site, Door, Door]]:
+    here = Site(gateway)
     async with asyncio.timeout(WAIT_S):
         address = await here.endpoint.start()
         try:
@@ -173,3 +173,19 @@ async def test_snapshots_are_waited_for_alike():
         here.source.is_open.set()
         await door.hear("events")
         assert [r.snapshots for r in here.gateway.submitted] == [(place,)]
+
+
+async def test_what_waits_for_a_slow_front_door_is_told_in_messages_of_bounded_size():
+    step, steps = 300_000, 6  # a step's tokens take nearly a megabyte
+    gateway = FakeGateway(
+        lambda request, index: range(20_000, 20_000 + step * steps), tokens_per_step=step
+    )
+    async with site(gateway) as (_, door, other):
+        await door.submit(make_request(prompt=(1, 2, 3), max_tokens=step * steps))
+        while not gateway.submitted or gateway.num_running:
+            await other.hear("stats")
+        num_tokens = 0
+        while num_tokens < step * steps:
+            response = await door.hear("events")
+            assert response.ByteSize() < 3 * 2**20
+            num_tokens += sum(len(event.token_ids) for event in response.events.events)
