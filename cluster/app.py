@@ -291,9 +291,8 @@ class ControllerBody:
         self._lock = threading.Lock()
         actuator = actuator_of(charge.config)
         begin = partial(_controller_of, charge, actuator)
-        # Ray starts no actor again whose constructor has raised: who takes over has to wait.
-        is_later = charge.resume or was_restarted()
-        self._controller = _once_there_is_a_journal(begin) if is_later else begin()
+        # Ray starts no actor again whose constructor has raised: what was restarted has to wait.
+        self._controller = _once_there_is_a_journal(begin) if was_restarted() else begin()
         self._ended = threading.Event()
         threading.Thread(target=self._run, name="controller", daemon=True).start()
 

@@ -148,23 +148,31 @@ def _take_over(
     try:
         controller = find_controller(CONTROLLER_NAME)
         running = controller.call("charge", timeout_s=wanted.config.control.start_timeout_s)
-        refuses = getattr(controller.call("status"), "refuses", False)  # older ones do not tell
     except UnavailableError:
         return _started(wanted, clock=clock, wait=wait), None
     assert isinstance(running, Charge)
     found = differences(running.config, wanted.config)
     changed = replace(running, resume=wanted.resume) != wanted
-    if running.model != replace(wanted.model, name=running.model.name) or found.never:
+    if _refuses(controller):  # it has changed nothing: another one finds out for itself
+        changed = True
+    elif running.model != replace(wanted.model, name=running.model.name) or found.never:
         raise RefusedError(
             "a running cluster cannot take this on, since answers that are under way would change, "
             "links would break or members be forgotten: "
             f"{'; '.join(found.never) or 'the checkpoint is another one'}. "
             "Start another cluster, or `expertmesh down` this one first"
         )
-    if not changed and not refuses:
+    if not changed:
         return controller, found
     controller.end()
     return _started(wanted, clock=clock, wait=wait), found
+
+
+def _refuses(controller: ControllerHandle) -> bool:
+    """Whether a controller decides nothing and never will."""
+    with contextlib.suppress(UnavailableError):  # it is busy: what it runs with is known
+        return bool(getattr(controller.call("status"), "refuses", False))  # older ones do not tell
+    return False
 
 
 def _started(charge: Charge, *, clock: Clock, wait: Wait) -> ControllerHandle:

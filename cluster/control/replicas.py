@@ -1,6 +1,7 @@
 """What each worker has loaded, is loading, and has been asked to load: the truth behind a View."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from cluster.control.planner import Load, placement_of
 from workers.placement import ExpertId, MemberId, Placement
@@ -8,26 +9,39 @@ from workers.placement import ExpertId, MemberId, Placement
 _TOLERANCE = 0.05  # of an expert's largest output; other devices round otherwise
 
 
+@dataclass(slots=True)
+class _Due:
+    """What an expert makes of a fixed row, and the workers that are here and say so."""
+
+    values: tuple[float, ...]
+    workers: set[MemberId]
+
+
 class Fingerprints:
-    """What each expert makes of a fixed row, by the first worker that loaded it."""
+    """What each expert makes of a fixed row, by the workers that loaded it."""
 
     def __init__(self) -> None:
-        self._of: dict[ExpertId, tuple[MemberId, tuple[float, ...]]] = {}
+        self._of: dict[ExpertId, _Due] = {}
 
     def compare(self, worker: MemberId, found: Mapping[ExpertId, tuple[float, ...]]) -> str:
         """Keep what is new; returns what contradicts a replica, or nothing."""
         for expert, values in found.items():
-            first, due = self._of.setdefault(expert, (worker, values))
-            if len(values) != len(due) or any(
+            due = self._of.get(expert) or _Due(values, {worker})
+            if len(values) != len(due.values) or any(
                 not abs(value - other) <= _TOLERANCE
-                for value, other in zip(values, due, strict=True)
+                for value, other in zip(values, due.values, strict=True)
             ):
-                return f"{expert} computes something else than its replica on {first} did"
+                first = min(due.workers)
+                return f"{expert} computes something else than its replica on {first} does"
+            due.workers.add(worker)
+            self._of[expert] = due
         return ""
 
     def forget(self, worker: MemberId) -> None:
-        """Drop what a worker that has left said: it may be why others seemed strange."""
-        self._of = {e: said for e, said in self._of.items() if said[0] != worker}
+        """Drop what only a worker that has left said: it may be why others seemed strange."""
+        for due in self._of.values():
+            due.workers.discard(worker)
+        self._of = {expert: due for expert, due in self._of.items() if due.workers}
 
 
 class ReplicaBook:

@@ -1,7 +1,7 @@
 """Accept or refuse a request: the rules that its fields keep, and the bound on the queue."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -93,17 +93,16 @@ def _sampling_violations(
     if len(sampling.logit_bias) > _MAX_LIST_LENGTH:
         yield FieldViolation("sampling.logit_bias", f"must have at most {_MAX_LIST_LENGTH} entries")
         return
-    yield from _first(
-        violation
-        for token_id, bias in sampling.logit_bias
-        for violation in _bias_violations(token_id, bias, vocab_size)
-    )
+    yield from islice(_bias_violations(sampling.logit_bias, vocab_size), 1)
 
 
-def _bias_violations(token_id: int, bias: float, vocab_size: int) -> Iterator[FieldViolation]:
-    field = f"sampling.logit_bias[{token_id}]"
-    yield from _token_violations(field, token_id, vocab_size)
-    yield from _Range(-100, 100).check(field, bias)
+def _bias_violations(
+    logit_bias: Iterable[tuple[int, float]], vocab_size: int
+) -> Iterator[FieldViolation]:
+    for token_id, bias in logit_bias:
+        field = f"sampling.logit_bias[{token_id}]"
+        yield from _token_violations(field, (token_id,), vocab_size)
+        yield from _Range(-100, 100).check(field, bias)
 
 
 def _stopping_violations(
@@ -131,11 +130,8 @@ def _stopping_violations(
         yield FieldViolation(
             "stopping.stop_token_ids", f"must have at most {_MAX_LIST_LENGTH} entries"
         )
-    yield from _first(
-        violation
-        for i, token_id in enumerate(stopping.stop_token_ids)
-        for violation in _token_violations(f"stopping.stop_token_ids[{i}]", token_id, vocab_size)
-    )
+    listed = stopping.stop_token_ids[:_MAX_LIST_LENGTH]
+    yield from _token_violations("stopping.stop_token_ids[{}]", listed, vocab_size)
 
 
 def _output_violations(job: Job, options: FrontDoorOptions) -> Iterator[FieldViolation]:
@@ -172,11 +168,7 @@ def _prompt_violations(job: Job, context_tokens: int, vocab_size: int) -> Iterat
             f"{num_tokens} prompt tokens and max_tokens {request.stopping.max_tokens} exceed the "
             f"context of {context_tokens} tokens; at most {context_tokens - num_tokens} are left",
         )
-    yield from _first(
-        violation
-        for i, token_id in enumerate(request.prompt_token_ids)
-        for violation in _token_violations(f"{job.prompt_field}[{i}]", token_id, vocab_size)
-    )
+    yield from _token_violations(f"{job.prompt_field}[{{}}]", request.prompt_token_ids, vocab_size)
 
 
 def _resume_violations(job: Job, vocab_size: int) -> Iterator[FieldViolation]:
@@ -188,24 +180,20 @@ def _resume_violations(job: Job, vocab_size: int) -> Iterator[FieldViolation]:
                 f"holds {len(tokens)} tokens of a sequence, more than max_tokens "
                 f"({job.request.stopping.max_tokens})",
             )
-    yield from _first(
-        violation
-        for tokens in job.request.emitted
-        for token_id in tokens
-        for violation in _token_violations("resume_from", token_id, vocab_size)
-    )
+        yield from _token_violations("resume_from", tokens, vocab_size)
 
 
-def _first(violations: Iterator[FieldViolation]) -> Iterator[FieldViolation]:
-    """Yield what is wrong with the first of many entries: an error's text must fit a header."""
-    yield from islice(violations, 1)
+def _token_violations(
+    field: str, token_ids: Sequence[int], vocab_size: int
+) -> Iterator[FieldViolation]:
+    """Name the first token that is none, in a field with its place: an error has to fit a header.
 
-
-def _token_violations(field: str, token_id: int, vocab_size: int) -> Iterator[FieldViolation]:
-    if token_id >= vocab_size:
-        yield FieldViolation(
-            field, f"token id {token_id} is out of range; the vocabulary has {vocab_size} tokens"
-        )
+    Prompts are long, so nothing is made for those that are right.
+    """
+    place = next((i for i, token_id in enumerate(token_ids) if token_id >= vocab_size), None)
+    if place is not None:
+        what = f"token id {token_ids[place]} is out of range"
+        yield FieldViolation(field.format(place), f"{what}; the vocabulary has {vocab_size} tokens")
 
 
 class Admission:

@@ -161,19 +161,23 @@ class Directory:
             for request_id, entry in self._entries.items()
             if entry.until_s is not None and entry.until_s <= now_s
         ]
-        for request_id in over:
-            del self._entries[request_id]
         self._spent = {key: spent for key, spent in self._spent.items() if spent[1] > now_s}
+        for request_id in over:
+            self._forget(request_id, now_s)
 
     def _orphan(self, entry: _Entry, keep_s: float, now_s: float) -> None:
         if entry.claim.deaths:
             keep_s = max(keep_s, _MEMORY_S)
         if keep_s <= 0:
-            # Tokens under this number may be on their way still: nobody else may get it so soon.
-            self._spent[entry.claim.request_id] = entry.claim.assignment, now_s + _SPENT_S
-            del self._entries[entry.claim.request_id]
+            self._forget(entry.claim.request_id, now_s)
         else:
             entry.until_s = now_s + keep_s
+
+    def _forget(self, request_id: str, now_s: float) -> None:
+        """Forget a claim, but for its number: tokens under it may be on their way still."""
+        before, _ = self._spent.get(request_id, (0, 0.0))
+        number = max(before, self._entries.pop(request_id).claim.assignment)
+        self._spent[request_id] = number, now_s + _SPENT_S
 
 
 def newest(claims: Collection[Claim]) -> Claim | None:

@@ -836,9 +836,13 @@ def test_what_a_worker_that_has_left_computed_is_held_against_nobody() -> None:
     fingerprints, wrong, right = Fingerprints(), MemberId("w0", 1), MemberId("w1", 1)
     expert = ExpertId(0, 0)
     assert not fingerprints.compare(wrong, {expert: (1.0,)})
-    assert "than its replica on w0.1 did" in fingerprints.compare(right, {expert: (2.0,)})
+    assert "than its replica on w0.1 does" in fingerprints.compare(right, {expert: (2.0,)})
     fingerprints.forget(wrong)
     assert not fingerprints.compare(right, {expert: (2.0,)})
+
+    assert not fingerprints.compare(MemberId("w2", 1), {expert: (2.0,)})
+    fingerprints.forget(right)
+    assert "than its replica on w2.1 does" in fingerprints.compare(wrong, {expert: (1.0,)})
 
 
 @pytest.mark.parametrize(

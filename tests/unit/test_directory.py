@@ -111,6 +111,15 @@ def test_a_number_that_was_just_given_up_is_not_given_to_the_next_call() -> None
     assert granted(directory).assignment == mine.assignment
 
 
+def test_nor_is_the_number_of_a_call_whose_window_is_over() -> None:
+    directory = Directory()
+    mine = granted(directory, replace(A, resume_window_s=1.0))
+    directory.release(mine, 10.0)
+    directory.tick(11.0)
+    assert directory.find("r") is None
+    assert granted(directory).assignment > grant_of(mine.assignment) + GRANT
+
+
 def test_what_was_kept_for_its_window_is_forgotten() -> None:
     directory = Directory()
     mine = granted(directory, replace(A, resume_window_s=5.0))

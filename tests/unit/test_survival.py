@@ -15,7 +15,7 @@ from tests.unit.harness_gateway import (
 from workers.gateway.capture import CaptureBook, Captured, Release, is_due
 from workers.gateway.prefix_cache import PrefixOptions
 from workers.gateway.sequence import Sequence
-from workers.gateway.snapshot import Ended, Holder, Snapshot, digest_of, snapshot_interval
+from workers.gateway.snapshot import Holder, Snapshot, digest_of, snapshot_interval
 from workers.types import FinishReason, Output, Request
 
 HOLDER = Holder("g1.1", "somewhere")
@@ -258,14 +258,25 @@ def test_a_lost_base_and_a_new_holder_get_a_whole_snapshot() -> None:
     assert site.engine.stats().snapshots_stored == 1
 
 
-def test_a_holder_before_is_told_that_it_hears_no_more() -> None:
+def test_a_holder_before_is_told_once_another_one_has_something_whole() -> None:
     site = Site(4)
-    request = make_request(max_tokens=40)
-    site.run(request, 10)
+    site.run(make_request(max_tokens=40), 10)
+    site.arrive = False
+    site.book.send_to(OTHER, "w")
+    while not (sent := [captured for captured in site.waiting if captured.holder == OTHER]):
+        site.step()
+    (capture,) = sent
+    assert site.book.stored(capture.stamp, OTHER) == {HOLDER}
+    assert site.book.stored(capture.stamp, OTHER) == frozenset()
 
-    (left,) = site.book.send_to(OTHER, "w")
-    assert left == Ended(request.request_id, 0, request.assignment, has_ended=False)
-    assert site.book.send_to(OTHER, "w") == ()
+
+def test_all_that_hold_something_of_a_sequence_are_told_that_it_ended() -> None:
+    site = Site(4)
+    site.run(make_request(max_tokens=20), 10)
+    site.arrive = False
+    site.book.send_to(OTHER, "w")
+    run_to_end(site.engine, site.transcript)
+    assert {release.holder for release in site.released()} == {HOLDER, OTHER}
 
 
 def test_a_holder_out_of_reach_is_asked_again_after_a_quarter_of_the_interval() -> None:

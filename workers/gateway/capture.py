@@ -109,6 +109,7 @@ class CaptureBook:
         self._holder: Holder | None = None
         self._weights_version = ""
         self._progress: dict[tuple[str, int, int], _Progress] = {}
+        self._former: dict[tuple[str, int, int], set[Holder]] = {}  # not told yet that it ended
         self._num_under_way = 0
         self._is_urgent = False
         self.num_stored = 0
@@ -124,24 +125,21 @@ class CaptureBook:
         """The weights that caches are computed with."""
         return self._weights_version
 
-    def send_to(self, holder: Holder | None, weights_version: str) -> tuple[Ended, ...]:
+    def send_to(self, holder: Holder | None, weights_version: str) -> None:
         """Hear who keeps the snapshots from now on; a new holder gets whole ones first.
 
-        Returns what the holder before is to be told: it hears no more of these sequences.
+        Until it has one of a sequence, what the holder before has is the only one there is.
         """
         with self._lock:
             self._weights_version = weights_version
             if holder == self._holder:
-                return ()
-            left = tuple(
-                Ended(*key, has_ended=False)
-                for key, progress in self._progress.items()
-                if progress.position or progress.under_way
-            )
+                return
+            for key, progress in self._progress.items():
+                if self._holder is not None and (progress.position or progress.under_way):
+                    self._former.setdefault(key, set()).add(self._holder)
             self._holder = holder
             self._progress.clear()
             self._num_under_way = 0
-            return left
 
     def hurry(self) -> None:
         """Capture every sequence once more at once: this gateway is about to leave."""
@@ -180,11 +178,15 @@ class CaptureBook:
             kv_blocks=tuple(sequence.kv_blocks),
         )
 
-    def stored(self, stamp: Stamp, holder: Holder) -> None:
-        """Hear that a snapshot is whole at its holder."""
-        if (progress := self._arrived(stamp, holder)) is not None:
-            progress.position = stamp.position
-            self.num_stored += 1
+    def stored(self, stamp: Stamp, holder: Holder) -> frozenset[Holder]:
+        """Hear that a snapshot is whole at its holder; returns who need keep none any more."""
+        if (progress := self._arrived(stamp, holder)) is None:
+            return frozenset()
+        progress.position = stamp.position
+        self.num_stored += 1
+        with self._lock:
+            key = (stamp.request_id, stamp.sequence_index, stamp.assignment)
+            return frozenset(self._former.pop(key, set()) - {holder})
 
     def failed(self, stamp: Stamp, holder: Holder, *, has_base: bool) -> None:
         """Hear that a snapshot is not there; without its base the next one is sent whole.
@@ -205,13 +207,18 @@ class CaptureBook:
             progress = self._progress.get(_key(sequence))
             return progress is not None and progress.is_last and progress.under_way is None
 
-    def forget(self, sequence: Sequence) -> bool:
-        """Drop a sequence that has ended; return whether the holder may have something of it."""
+    def forget(self, sequence: Sequence) -> tuple[bool, frozenset[Holder]]:
+        """Drop a sequence that has ended.
+
+        Returns whether the holder may have something of it, and which earlier ones may.
+        """
         with self._lock:
+            former = frozenset(self._former.pop(_key(sequence), set()))
             progress = self._progress.pop(_key(sequence), None)
             if progress is not None and progress.under_way is not None:
                 self._num_under_way -= 1
-            return progress is not None and bool(progress.position or progress.under_way)
+            has_some = progress is not None and bool(progress.position or progress.under_way)
+            return has_some, former - {self._holder} if self._holder else former
 
     def _skip(self, sequence: Sequence, progress: _Progress) -> None:
         """Count a capture that is not taken: once an interval, not with every step."""

@@ -99,11 +99,13 @@ class Survival:
         self._snapshots.pop(sequence, None)
         self._resumed.discard(sequence)
         holder = self._book.holder
-        if self._book.forget(sequence) and holder is not None and reason is not FinishReason.MOVED:
-            request = sequence.request
-            has_ended = reason is not FinishReason.CANCELLED
-            ended = Ended(request.request_id, sequence.index, request.assignment, has_ended)
-            self._enqueue(Release(ended, holder))
+        has_some, former = self._book.forget(sequence)
+        request, goes_on = sequence.request, reason in {FinishReason.CANCELLED, FinishReason.MOVED}
+        ended = Ended(request.request_id, sequence.index, request.assignment, not goes_on)
+        if has_some and holder is not None and reason is not FinishReason.MOVED:
+            former |= {holder}
+        for each in sorted(former, key=lambda keeper: keeper.member):
+            self._enqueue(Release(ended, each))
 
     def _count(self, sequence: Sequence, snapshot: Snapshot) -> None:
         """Take note of what a sequence goes on from."""

@@ -29,7 +29,7 @@ from workers.gateway.options import GatewayOptions
 from workers.gateway.outbox import Keeping, Outbox
 from workers.gateway.rank import RankModel, load_rank
 from workers.gateway.siblings import Siblings
-from workers.gateway.snapshot import Holder, Snapshot, Stamp, Verdict, snapshot_interval
+from workers.gateway.snapshot import Ended, Holder, Snapshot, Stamp, Verdict, snapshot_interval
 from workers.mesh import MEET_S, Rendezvous, TensorParallelGroup
 from workers.model.cache import state_bytes_per_sequence
 from workers.model.config import ModelConfig
@@ -224,16 +224,16 @@ class GatewayWorker:
 
     def keep_with(self, holder: Holder | None, weights_version: str) -> None:
         """Hear which gateway keeps the snapshots from now on, if there is any."""
-        former = self._book.holder
-        left = self._book.send_to(holder, weights_version)
-        if former is not None and self._keeping is not None:
-            for ended in left:  # kept for a while yet, since the new holder has nothing so far
-                self._keeping.release(ended, former)
+        self._book.send_to(holder, weights_version)
 
     def stored(self, stamp: Stamp, holder: Holder, verdict: Verdict) -> None:
         """Hear what became of rank 0's shard of a snapshot, and with it of the snapshot."""
         if verdict is Verdict.COMPLETE:
-            self._book.stored(stamp, holder)
+            # Kept for a while: what is whole here may be ahead of what the client has.
+            ended = Ended(stamp.request_id, stamp.sequence_index, stamp.assignment, has_ended=False)
+            for former in self._book.stored(stamp, holder):
+                if self._keeping is not None:
+                    self._keeping.release(ended, former)
         else:
             self._book.failed(stamp, holder, has_base=verdict is not Verdict.NO_BASE)
 
