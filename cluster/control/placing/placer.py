@@ -20,8 +20,8 @@ from workers.placement import ExpertId, MemberId, Placement
 
 _NUM_BATCHES = 16  # drawn for each layer; the same ones judge every way of packing
 _NUM_DENSE = 8  # where half of the experts are active: such batches differ little
+_PLAIN = Style(1.0, 0.0)  # the best where nearly all is active and few have two copies, else never
 _FRESH = (
-    Style(1.0, 0.0),
     Style(2.0, 1.0),
     Style(2.0, 1.0, homes=True),
     Style(1.0, 1.0, homes=True, even=True),
@@ -95,10 +95,11 @@ def plan_target(
     room_LW = _rooms([seats[w].num_slots for w in workers], model)
     node_W = [seats[w].node for w in workers]
     held_LEW = _holdings(shape, workers, held)
-    num_batches = _NUM_DENSE if float(activation_LE.mean()) > 0.5 else _NUM_BATCHES
-    batches_LNE = draw_batches(activation_LE, num_batches, seed)
+    is_dense = float(activation_LE.mean()) > 0.5
+    batches_LNE = draw_batches(activation_LE, _NUM_DENSE if is_dense else _NUM_BATCHES, seed)
     best = _Best(held_LEW, batches_LNE, floor)
-    for style in _STICKY if held_LEW.any() else _FRESH:
+    fresh = (_PLAIN, *_FRESH) if is_dense and floor == 1 else _FRESH
+    for style in _STICKY if held_LEW.any() else fresh:
         copies_LE = copies_of(
             activation_LE, room_LW.sum(axis=1), len(workers), floor=floor, style=style
         )
