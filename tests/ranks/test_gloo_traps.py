@@ -287,17 +287,21 @@ def test_set_ups_on_clones_of_a_store_do_not_wait_for_each_other():
     )
     waits.start()
     time.sleep(0.1)
-    other = threading.Thread(target=join_group, args=(store.port, 1, "both"))
+    ends = []  # kept: one that is dropped early breaks off the set-up of the other
+    other = threading.Thread(target=lambda: ends.append(join_group(store.port, 1, "both")))
     other.start()
     took, error = seconds(
-        lambda: make_gloo_group(
-            dist.PrefixStore("both", store.clone()), 0, 2, HOST, WAIT_S, num_threads=0
+        lambda: ends.append(
+            make_gloo_group(
+                dist.PrefixStore("both", store.clone()), 0, 2, HOST, WAIT_S, num_threads=0
+            )
         )
     )
     assert error is None
     assert took < 1.5
     other.join(WAIT_S)
     waits.join(WAIT_S)
+    assert len(ends) == 2
 
 
 def test_an_open_link_outlives_its_store(both):
