@@ -279,6 +279,18 @@ def test_all_that_hold_something_of_a_sequence_are_told_that_it_ended() -> None:
     assert {release.holder for release in site.released()} == {HOLDER, OTHER}
 
 
+def test_a_holder_that_came_back_is_told_of_the_end_also_if_it_got_nothing_since() -> None:
+    sequence = Sequence(make_request(prompt=tuple(range(9))), 0, 0)
+    sequence.computed, sequence.state_block = 5, 0
+    book = CaptureBook(4)
+    book.send_to(HOLDER, "w")
+    assert book.capture(sequence) is not None
+    for holder in (OTHER, HOLDER):
+        book.send_to(holder, "w")
+
+    assert book.forget(sequence) == (False, {HOLDER})
+
+
 def test_a_holder_out_of_reach_is_asked_again_after_a_quarter_of_the_interval() -> None:
     request = make_request(max_tokens=60)
     site = Site(16, arrive=False)

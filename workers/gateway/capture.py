@@ -218,7 +218,7 @@ class CaptureBook:
             if progress is not None and progress.under_way is not None:
                 self._num_under_way -= 1
             has_some = progress is not None and bool(progress.position or progress.under_way)
-            return has_some, former - {self._holder} if self._holder else former
+            return has_some, former
 
     def _skip(self, sequence: Sequence, progress: _Progress) -> None:
         """Count a capture that is not taken: once an interval, not with every step."""
